@@ -1,0 +1,103 @@
+// Vectors for the files compiled once per instruction set (CMakeLists.txt sets WSSS_ISA and WSSS_VECTOR_BYTES).
+// Everything here lives in the instruction set's own namespace, so that no inline function compiled for a newer
+// processor is ever linked into code meant for an older one. For the same reason these files use no C++ library.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "neighbourhood.h"
+
+#if !defined(WSSS_ISA) || !defined(WSSS_VECTOR_BYTES)
+#error "only for the kernel files that CMakeLists.txt compiles once per instruction set"
+#endif
+
+
+namespace wsss {
+namespace WSSS_ISA {
+
+template <class T>
+struct Simd {
+  static constexpr int lanes = WSSS_VECTOR_BYTES / sizeof(T);
+  typedef T Vec __attribute__((vector_size(WSSS_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename Simd<T>::Vec;
+template <class T>
+inline constexpr int kLanes = Simd<T>::lanes;
+
+template <class T>
+WSSS_ALWAYS_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+WSSS_ALWAYS_INLINE void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <class T>
+WSSS_ALWAYS_INLINE Vec<T> splat(T value) {
+  return value - Vec<T>{};
+}
+
+// Compile-time loop: body(std::integral_constant-like index), unrolled whatever the optimiser thinks.
+template <int I>
+struct Index {
+  static constexpr int value = I;
+  constexpr operator int() const { return I; }
+};
+template <int Begin, int End, class Body>
+WSSS_ALWAYS_INLINE void unroll(Body&& body) {
+  if constexpr (Begin < End) {
+    body(Index<Begin>{});
+    unroll<Begin + 1, End>(body);
+  }
+}
+
+template <int... I>
+struct Indices {};
+template <int N, int... I>
+struct MakeIndices : MakeIndices<N - 1, N - 1, I...> {};
+template <int... I>
+struct MakeIndices<0, I...> {
+  using type = Indices<I...>;
+};
+
+// One lane up or down along a row, zero moving in.
+template <class T, int... I>
+WSSS_ALWAYS_INLINE Vec<T> next_lane(Vec<T> v, Indices<I...>) {
+  return __builtin_shufflevector(v, Vec<T>{}, (I + 1)...);
+}
+template <class T, int... I>
+WSSS_ALWAYS_INLINE Vec<T> previous_lane(Vec<T> v, Indices<I...>) {
+  return __builtin_shufflevector(v, Vec<T>{}, (I == 0 ? int(sizeof...(I)) : I - 1)...);
+}
+template <class T>
+WSSS_ALWAYS_INLINE Vec<T> next_lane(Vec<T> v) {
+  return next_lane<T>(v, typename MakeIndices<kLanes<T>>::type{});
+}
+template <class T>
+WSSS_ALWAYS_INLINE Vec<T> previous_lane(Vec<T> v) {
+  return previous_lane<T>(v, typename MakeIndices<kLanes<T>>::type{});
+}
+
+template <class T, int D, int... I>
+WSSS_ALWAYS_INLINE void exchange(Vec<T>& a, Vec<T>& b, Indices<I...>) {
+  constexpr int n = sizeof...(I);
+  const Vec<T> low = __builtin_shufflevector(a, b, ((I & D) ? n + I - D : I)...);
+  const Vec<T> high = __builtin_shufflevector(a, b, ((I & D) ? n + I : I + D)...);
+  a = low;
+  b = high;
+}
+// Square transpose in registers: rows[i][j] <-> rows[j][i].
+template <class T, int D = kLanes<T> / 2>
+WSSS_ALWAYS_INLINE void transpose(Vec<T>* rows) {
+  unroll<0, kLanes<T>>([&](auto i) __attribute__((always_inline)) {
+    if constexpr ((i.value & D) == 0) exchange<T, D>(rows[i], rows[i + D], typename MakeIndices<kLanes<T>>::type{});
+  });
+  if constexpr (D > 1) transpose<T, D / 2>(rows);
+}
+
+}  // namespace WSSS_ISA
+}  // namespace wsss

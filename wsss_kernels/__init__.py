@@ -1,0 +1,15 @@
+"""Fused refinement kernels for weakly-supervised semantic segmentation."""
+
+from wsss_kernels import reference
+from wsss_kernels.neighbours import neighbour_offsets
+from wsss_kernels.ops import local_affinity, random_walk
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "local_affinity",
+    "neighbour_offsets",
+    "random_walk",
+    "reference",
+]

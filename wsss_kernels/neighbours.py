@@ -1,0 +1,50 @@
+"""The half-disc of neighbours that every local op shares."""
+
+from __future__ import annotations
+
+import functools
+
+MAX_RADIUS = 16
+
+
+@functools.lru_cache
+def _offsets(radius: int) -> tuple[tuple[int, int], ...]:
+    reach = range(1 - radius, radius)
+    return tuple(
+        (dy, dx)
+        for dy in range(radius)
+        for dx in reach
+        if dx * dx + dy * dy < radius * radius and (dy > 0 or dx > 0)
+    )
+
+
+def check_radius(radius: int) -> None:
+    if not isinstance(radius, int) or isinstance(radius, bool):
+        raise TypeError(f"radius must be an int in 1..{MAX_RADIUS} (pixels), got {radius!r}")
+    if not 1 <= radius <= MAX_RADIUS:
+        raise ValueError(f"radius must be an int in 1..{MAX_RADIUS} (pixels), got {radius}")
+
+
+def neighbour_offsets(radius: int = 5) -> list[tuple[int, int]]:
+    """Offsets (dy, dx), in pixels, of the neighbours a pixel is linked to.
+
+    The half plane dy > 0, or dy = 0 and dx > 0, of the open disc dx^2 + dy^2 < radius^2, row-major. The other half
+    follows from symmetry, so K neighbours describe 2 K links of a pixel.
+
+    Args:
+        radius: 1..16 pixels. 5 (34 offsets) is what AffinityNet and IRNet use at inference, 10 (152) IRNet's training.
+
+    Returns:
+        K pairs (dy, dx); axis 1 of every [B, K, H, W] affinity follows this order.
+
+    Raises:
+        TypeError, ValueError: radius is no whole number in range.
+
+    Source: Ahn and Kwak, CVPR 2018, section 3.2, and the published code's order.
+
+    Example:
+        >>> neighbour_offsets(2)
+        [(0, 1), (1, -1), (1, 0), (1, 1)]
+    """
+    check_radius(radius)
+    return list(_offsets(radius))

@@ -1,0 +1,6 @@
+"""The ops: contract, checks and registration, one file each."""
+
+from wsss_kernels.ops.local_affinity import local_affinity
+from wsss_kernels.ops.random_walk import random_walk
+
+__all__ = ["local_affinity", "random_walk"]
