@@ -139,7 +139,7 @@ class Walker {
   const WalkKernels<T>& kernels;
 
  private:
-  std::vector<int> layout(const WalkShape& shape, int radius) {
+  std::vector<ptrdiff_t> layout(const WalkShape& shape, int radius) {
     const int lanes = walk_kernels<T>().lanes;
     const Neighbourhood hood = make_neighbourhood(radius);
     plan = {};
@@ -159,13 +159,13 @@ class Walker {
       for (int dx = hood.dx[k] + 1; dx <= radius; ++dx) ++left_of[dx + radius];
     }
     // A position h to the left of the row keeps only offsets with dx >= h, one h to the right only dx <= -h.
-    std::vector<int> positions;
+    std::vector<ptrdiff_t> positions;
     int next = 0;
     for (int t = -plan.halo; t < plan.blocks + plan.halo; ++t) {
       const int over = t < 0 ? -t : t >= plan.blocks ? t - plan.blocks + 1 : 0;
       const int skipped = t < 0 ? left_of[over + radius] : 0;
       const int kept = t < 0 ? hood.count - skipped : over ? left_of[radius - over + 1] : hood.count;
-      positions.push_back(next - skipped);
+      positions.push_back(ptrdiff_t(next - skipped) * lanes);
       next += kept;
     }
     plan.weights_per_row = next;
@@ -173,7 +173,7 @@ class Walker {
   }
   size_t weights_size() const { return plan.weight_row(plan.height); }
 
-  std::vector<int> positions_;
+  std::vector<ptrdiff_t> positions_;
   Buffer<T> weights_, inverse_, gradient_, states_, scratch_;
   size_t state_size_;
 };
@@ -295,7 +295,7 @@ void for_each_image(const WalkShape& shape, const WalkOptions& options, int maps
       walkers.push_back(std::make_unique<Walker<T>>(shape, options, maps, states, gradient, 1));
     }
     parallel(threads, [&](const Team& team) {
-      for (int64_t b = team.thread; b < side_by_side; b += team.threads) run(*walkers[team.thread], Team{0, 1}, b);
+      for (int64_t b = team.thread; b < side_by_side; b += team.threads) run(*walkers[team.thread], alone(), b);
     });
   }
   if (side_by_side < shape.batch) {

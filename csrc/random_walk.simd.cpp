@@ -87,7 +87,7 @@ void pack_weights(const WalkPlan<T>& plan, const float* affinity, double beta, T
         }
         const int first = dx > 0 ? -dx : 0, last = plan.blocks - 1 + (dx < 0 ? -dx : 0), slot = plan.slot[k];
         stripe(plan, line, first, last, [&](int t, Vec<T> v) __attribute__((always_inline)) {
-          store(out + size_t(plan.position[t + plan.halo] + slot) * kLanes<T>, v);
+          store(out + plan.position[t + plan.halo] + slot * kLanes<T>, v);
         });
       }
     }
@@ -103,9 +103,9 @@ void invert_degrees(const WalkPlan<T>& plan, int begin, int end) {
       double degree[n];
       for (int l = 0; l < n; ++l) degree[l] = 1;
       for (int k = 0; k < hood.count; ++k) {
-        const T* to = plan.weights + plan.weight_row(y) + size_t(plan.position[j + plan.halo] + plan.slot[k]) * n;
+        const T* to = plan.weights + plan.weight_row(y) + plan.position[j + plan.halo] + plan.slot[k] * n;
         const T* from = plan.weights + plan.weight_row(y - hood.dy[k]) +
-                        size_t(plan.position[j - hood.dx[k] + plan.halo] + plan.slot[k]) * n;
+                        plan.position[j - hood.dx[k] + plan.halo] + plan.slot[k] * n;
         for (int l = 0; l < n; ++l) degree[l] += double(to[l]) + double(from[l]);
       }
       T* const inverse = plan.inverse + plan.inverse_row(y) + size_t(j) * n;
@@ -146,9 +146,18 @@ void unpack_maps(const WalkPlan<T>& plan, const T* state, int count, float* cons
 template <class T, int C>
 WSSS_ALWAYS_INLINE void fill_halo(const WalkPlan<T>& plan, T* row) {
   constexpr int n = kLanes<T>;
-  const int blocks = plan.blocks;
-  T* const inside = row + size_t(plan.halo) * C * n;
-  for (int h = 1; h <= plan.halo; ++h) {
+  const int blocks = plan.blocks, halo = plan.halo;
+  T* const inside = row + size_t(halo) * C * n;
+  T* const end = inside + size_t(blocks) * C * n;
+  if (blocks >= halo) {
+    const size_t size = size_t(halo) * C * n;
+    for (size_t i = 0; i < size; i += n) {
+      store(row + i, previous_lane<T>(load(end - size + i)));
+      store(end + i, next_lane<T>(load(inside + i)));
+    }
+    return;
+  }
+  for (int h = 1; h <= halo; ++h) {
     const int lanes_over = (h + blocks - 1) / blocks;
     for (int c = 0; c < C; ++c) {
       Vec<T> left = load(inside + (ptrdiff_t(lanes_over * blocks - h) * C + c) * n);
@@ -158,7 +167,7 @@ WSSS_ALWAYS_INLINE void fill_halo(const WalkPlan<T>& plan, T* row) {
         right = next_lane<T>(right);
       }
       store(inside - (ptrdiff_t(h) * C - c) * n, left);
-      store(inside + (ptrdiff_t(blocks - 1 + h) * C + c) * n, right);
+      store(end + (ptrdiff_t(h - 1) * C + c) * n, right);
     }
   }
 }
@@ -169,7 +178,7 @@ WSSS_ALWAYS_INLINE void neighbour_sum(const WalkPlan<T>& plan, const T* state, i
   constexpr int n = kLanes<T>;
   const ptrdiff_t stride = ptrdiff_t(plan.blocks + 2 * plan.halo) * C * n;
   const T* const here = state + plan.state_row(y, C) + size_t(j + plan.halo) * C * n;
-  const int* const position = plan.position + j + plan.halo;
+  const ptrdiff_t* const position = plan.position + j + plan.halo;
   const T* const weights = plan.weights + plan.weight_row(y);
   unroll<0, C * P>([&](auto i) __attribute__((always_inline)) {
     centre[i] = load(here + i * n);
@@ -184,12 +193,12 @@ WSSS_ALWAYS_INLINE void neighbour_sum(const WalkPlan<T>& plan, const T* state, i
       constexpr int t = shifted.value - reach;
       Vec<T> x[C];
       if constexpr (DY > 0 || P > 1 || t != 0) {
-        unroll<0, C>([&](auto c) __attribute__((always_inline)) { x[c] = load(below + (t * C + c) * n); });
+        unroll<0, C>([&](auto c) __attribute__((always_inline)) { x[c] = in_register<T>(load(below + (t * C + c) * n)); });
         unroll<0, P>([&](auto p) __attribute__((always_inline)) {
           constexpr int dx = t - p.value;
           if constexpr (dx >= -reach && dx <= reach && (DY > 0 || dx != 0)) {
-            const T* const w = DY > 0 || dx > 0 ? weights + size_t(position[p] + kSlot<R, DY, dx>) * n
-                                                : weights + size_t(position[t] + kSlot<R, DY, -dx>) * n;
+            const T* const w = DY > 0 || dx > 0 ? weights + position[p] + kSlot<R, DY, dx> * n
+                                                : weights + position[t] + kSlot<R, DY, -dx> * n;
             const Vec<T> link = load(w);
             unroll<0, C>([&](auto c) __attribute__((always_inline)) {
               sum[p * C + c] += link * (x[c] - centre[p * C + c]);
@@ -198,11 +207,11 @@ WSSS_ALWAYS_INLINE void neighbour_sum(const WalkPlan<T>& plan, const T* state, i
         });
       }
       if constexpr (DY > 0) {
-        unroll<0, C>([&](auto c) __attribute__((always_inline)) { x[c] = load(above + (t * C + c) * n); });
+        unroll<0, C>([&](auto c) __attribute__((always_inline)) { x[c] = in_register<T>(load(above + (t * C + c) * n)); });
         unroll<0, P>([&](auto p) __attribute__((always_inline)) {
           constexpr int dx = p.value - t;  // of the offset that leads here from the row above
           if constexpr (dx >= -reach && dx <= reach) {
-            const Vec<T> link = load(weights_above + size_t(position[t] + kSlot<R, DY, dx>) * n);
+            const Vec<T> link = load(weights_above + position[t] + kSlot<R, DY, dx> * n);
             unroll<0, C>([&](auto c) __attribute__((always_inline)) {
               sum[p * C + c] += link * (x[c] - centre[p * C + c]);
             });
@@ -220,7 +229,7 @@ WSSS_ALWAYS_INLINE void neighbour_sum_any_radius(const WalkPlan<T>& plan, const 
   constexpr int n = kLanes<T>;
   const ptrdiff_t stride = ptrdiff_t(plan.blocks + 2 * plan.halo) * C * n;
   const T* const here = state + plan.state_row(y, C) + size_t(j + plan.halo) * C * n;
-  const int* const position = plan.position + j + plan.halo;
+  const ptrdiff_t* const position = plan.position + j + plan.halo;
   for (int c = 0; c < C; ++c) {
     centre[c] = load(here + c * n);
     sum[c] = Vec<T>{};
@@ -228,8 +237,8 @@ WSSS_ALWAYS_INLINE void neighbour_sum_any_radius(const WalkPlan<T>& plan, const 
   for (int dy = 0, k = 0; dy < plan.radius; ++dy) {
     const int reach = stencil_reach(plan.radius, dy);
     for (int dx = dy == 0 ? 1 : -reach; dx <= reach; ++dx, ++k) {
-      const Vec<T> to = load(plan.weights + plan.weight_row(y) + size_t(position[0] + plan.slot[k]) * n);
-      const Vec<T> from = load(plan.weights + plan.weight_row(y - dy) + size_t(position[-dx] + plan.slot[k]) * n);
+      const Vec<T> to = load(plan.weights + plan.weight_row(y) + position[0] + plan.slot[k] * n);
+      const Vec<T> from = load(plan.weights + plan.weight_row(y - dy) + position[-dx] + plan.slot[k] * n);
       const ptrdiff_t shift = dy * stride + ptrdiff_t(dx) * C * n;
       for (int c = 0; c < C; ++c) {
         sum[c] += to * (load(here + shift + c * n) - centre[c]);
@@ -267,7 +276,7 @@ WSSS_ALWAYS_INLINE void step_positions(const WalkPlan<T>& plan, const WalkStep<T
 template <int C>
 constexpr int positions_per_block() {
   if (WSSS_VECTOR_BYTES < 64) return C <= 2 ? 2 : 1;  // 16 registers
-  return C == 1 ? 4 : C == 2 ? 4 : 2;                 // 32 registers
+  return C <= 3 ? 4 : 2;                              // 32 registers
 }
 
 template <class T, int C, int R>
@@ -330,7 +339,7 @@ void outer(const WalkPlan<T>& plan, const T* b, const T* x, const T* q, T scale,
         xi[c] = load(x + at + c * n);
         qi[c] = load(q + at + c * n);
       }
-      T* const out = plan.gradient + plan.weight_row(y) + size_t(plan.position[j + plan.halo]) * n;
+      T* const out = plan.gradient + plan.weight_row(y) + plan.position[j + plan.halo];
       for (int dy = 0, k = 0; dy < plan.radius; ++dy) {
         const int reach = stencil_reach(plan.radius, dy);
         for (int dx = dy == 0 ? 1 : -reach; dx <= reach; ++dx, ++k) {
@@ -359,7 +368,7 @@ void unpack_gradient(const WalkPlan<T>& plan, const float* affinity, double beta
       for (int dx = dy == 0 ? 1 : -reach; dx <= reach; ++dx, ++k) {
         const size_t at = k * plane + size_t(y) * plan.width;
         unstripe(plan, line, [&](int t) __attribute__((always_inline)) {
-          return load(gradient + size_t(plan.position[t + plan.halo] + plan.slot[k]) * kLanes<T>);
+          return load(gradient + plan.position[t + plan.halo] + plan.slot[k] * kLanes<T>);
         });
         clear_outside(plan, line, y, dy, dx);
         T* const slope = row_in_scratch(plan, scratch, affinity + at);

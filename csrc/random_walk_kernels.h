@@ -18,7 +18,7 @@ struct WalkPlan {
   int height, width, radius, halo, lanes, blocks;
   int weights_per_row;               // vectors of weights in a row
   int slot[kMaxNeighbours];          // of neighbour k within a position, sorted by dx
-  const int* position;               // [blocks + 2 * halo]: where position t - halo's slot 0 would lie
+  const ptrdiff_t* position;         // [blocks + 2 * halo]: where slot 0 of position t - halo would lie, in values
   T* weights;                        // [halo + height][weights_per_row] vectors, the first halo rows zero
   T* inverse;                        // [height][blocks] vectors, 1 / degree
   T* gradient;                       // as weights, or null

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from wsss_kernels.colour import average_to, check_picture, grid_size, rgb_to_lab
+from wsss_kernels.colour import average_to, check_picture, grid_size, lab_on_grid, rgb_to_lab, walk_features
 
 
 def lab_of(*rgb: float) -> list[float]:
@@ -39,8 +39,8 @@ def test_float_and_uint8_agree_and_dtypes():
     image = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
     lab = rgb_to_lab(image)
     assert lab.dtype == torch.float32 and lab.shape == image.shape
-    assert torch.equal(rgb_to_lab(image.float()), lab)
-    assert torch.equal(rgb_to_lab(image.half()), lab)  # whole numbers up to 255 are exact in float16
+    torch.testing.assert_close(rgb_to_lab(image.float()), lab)
+    torch.testing.assert_close(rgb_to_lab(image.half()), lab)  # whole numbers up to 255 are exact in float16
     assert rgb_to_lab(image.double()).dtype == torch.float64
     torch.testing.assert_close(rgb_to_lab(image[0]), lab[0])
     torch.testing.assert_close(rgb_to_lab(image.to(memory_format=torch.channels_last)), lab)
@@ -86,6 +86,29 @@ def test_average_by_hand():
     maps = torch.tensor([[[[0.0, 2.0, 4.0, 6.0]]]])
     assert average_to(maps, (1, 2)).flatten().tolist() == [1.0, 5.0]
     assert average_to(maps, (1, 4)) is maps
+
+
+def test_grid_averages_light_by_hand():
+    # Black beside white: half the light, Y = 0.5, L = 116 * 0.5^(1/3) - 16 (the average of Lab would be 50).
+    image = torch.tensor([0, 255], dtype=torch.uint8).view(1, 1, 1, 2).expand(1, 3, 1, 2)
+    lab = lab_on_grid(image, (1, 1)).flatten().tolist()
+    assert lab == pytest.approx([116 * 0.5 ** (1 / 3) - 16, 0, 0], abs=0.01)
+    assert torch.equal(lab_on_grid(image, (1, 2)), rgb_to_lab(image))
+
+
+def test_walk_features_by_hand():
+    # Columns black and white in threes: every pair 3 columns apart differs by L = 100, so by 100/3 in the mean over
+    # the channels; every pair 3 rows apart by 0. s = 100/6, unit = sqrt(6 * 100/6) = 10.
+    image = torch.tensor([0, 0, 0, 255, 255, 255], dtype=torch.uint8).expand(1, 3, 4, 6)
+    feats = walk_features(image, (4, 6))
+    torch.testing.assert_close(feats[0, 0, 0], torch.tensor([0.0, 0.0, 0.0, 10.0, 10.0, 10.0]), rtol=0, atol=1e-3)
+    assert torch.equal(walk_features(image.expand(2, 3, 4, 6), (4, 6))[1], feats[0])  # a unit for each image
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 9), (9, 1), (0, 9), (9, 9)])
+def test_walk_features_of_small_and_flat_pictures(size):
+    feats = walk_features(torch.full((2, 3, *size), 90, dtype=torch.uint8), size)
+    assert feats.shape == (2, 3, *size) and feats.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ _RGB_TO_XYZ = (
     (0.019334 / 1.08883, 0.119193 / 1.08883, 0.950227 / 1.08883),
 )
 
+_LAB_UNIT = 6.0  # colour distance, mean over L, a and b, that an edge of an object typically has; 5 to 8 are as good
+
 
 def check_picture(name: str, image: Tensor) -> None:
     """Refuses what is not an RGB picture in 0..255.
@@ -71,12 +73,65 @@ def rgb_to_lab(image: Tensor) -> Tensor:
         [100.0, 0.0, 0.0]
     """
     check_picture("image", image)
-    value = image if image.dtype == torch.float64 else image.float()
-    value = value.clamp(0, 255) / 255
-    linear = torch.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055).pow(2.4))
-    red, green, blue = linear.unbind(dim=-3)
-    x, y, z = (_lab_curve(r * red + g * green + b * blue) for r, g, b in _RGB_TO_XYZ)
-    return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=-3)
+    return _linear_to_lab(_srgb_to_linear(image))
+
+
+def lab_on_grid(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """CIE Lab of the light that falls on each cell of a grid: the features of the image walk.
+
+    The average is taken in linear RGB (light adds up there), so it comes before Lab: 0.1 to 0.3 points of mIoU better
+    after the walk than averaging Lab, and four times faster, since Lab is then computed for the cells only.
+
+    Args:
+        image: [B, 3, H, W] (or [3, H, W]) as in `rgb_to_lab`.
+        size: (height, width) of the grid, at most the picture's; see `grid_size`.
+
+    Returns:
+        Tensor: [B, 3, height, width] float32 (float64 for float64), Lab units.
+
+    Raises:
+        TypeError, ValueError: as `check_picture`.
+
+    Example:
+        >>> lab_on_grid(torch.zeros(1, 3, 375, 500, dtype=torch.uint8), grid_size(375, 500)).shape
+        torch.Size([1, 3, 96, 128])
+    """
+    check_picture("image", image)
+    return _linear_to_lab(average_to(_srgb_to_linear(image), size))
+
+
+def walk_features(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Features of the image walk: Lab on the grid in a unit that suits the picture; for affinities with scale=1.
+
+        out = lab / sqrt(6 s),  s = mean over channels, cells and the two axes of |lab(p) - lab(p + 3 cells)|
+
+    s says how much colour changes across a neighbourhood. Dividing by s alone (scale="auto") blurs flat pictures too
+    little and busy ones too much, dividing by 6 Lab units alone blurs low-contrast pictures away; the geometric mean
+    of both is as good as the better one on either. A picture without colour differences counts as s = 0.01, one too
+    small for pairs (both sides under 4 cells) as s = 6.
+
+    Args:
+        image: [B, 3, H, W] (or [3, H, W]) as in `rgb_to_lab`.
+        size: (height, width) of the grid, at most the picture's; see `grid_size`.
+
+    Returns:
+        Tensor: [B, 3, height, width] float32 (float64 for float64), no host synchronisation.
+
+    Raises:
+        TypeError, ValueError: as `check_picture`.
+
+    Example:
+        >>> image = torch.zeros(1, 3, 375, 500, dtype=torch.uint8)
+        >>> walk_features(image, grid_size(375, 500)).shape
+        torch.Size([1, 3, 96, 128])
+    """
+    lab = lab_on_grid(image, size)
+    along = [(lab[..., 3:, :] - lab[..., :-3, :]).abs(), (lab[..., 3:] - lab[..., :-3]).abs()]
+    means = [d.mean(dim=(-3, -2, -1), keepdim=True) for d in along if d.shape[-2] and d.shape[-1]]
+    if not means:
+        return lab / _LAB_UNIT
+    spread = sum(means[1:], means[0]) / len(means)
+    return lab / (_LAB_UNIT * spread.clamp_min(0.01)).sqrt()
 
 
 def grid_size(height: int, width: int, grid: int = 128) -> tuple[int, int]:
@@ -120,6 +175,21 @@ def average_to(image: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     return F.adaptive_avg_pool2d(image, size)
+
+
+def _srgb_to_linear(image: Tensor) -> Tensor:
+    """0..255 to linear light 0..1, float32 or float64."""
+    if image.dtype == torch.uint8:  # 256 powers instead of one a pixel; the table is made where the image lies
+        table = _srgb_to_linear(torch.arange(256, device=image.device, dtype=torch.float32))
+        return table.index_select(0, image.flatten().int()).view(image.shape)
+    value = (image if image.dtype == torch.float64 else image.float()).clamp(0, 255) / 255
+    return torch.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055).pow(2.4))
+
+
+def _linear_to_lab(linear: Tensor) -> Tensor:
+    red, green, blue = linear.unbind(dim=-3)
+    x, y, z = (_lab_curve(r * red + g * green + b * blue) for r, g, b in _RGB_TO_XYZ)
+    return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=-3)
 
 
 def _lab_curve(t: Tensor) -> Tensor:

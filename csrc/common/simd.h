@@ -41,6 +41,18 @@ WSSS_ALWAYS_INLINE Vec<T> splat(T value) {
   return value - Vec<T>{};
 }
 
+// Keeps a loaded value in its register: compilers like to fold a load into each of its uses, and loads are what bounds
+// a stencil.
+template <class T>
+WSSS_ALWAYS_INLINE Vec<T> in_register(Vec<T> v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 // Compile-time loop: body(std::integral_constant-like index), unrolled whatever the optimiser thinks.
 template <int I>
 struct Index {
