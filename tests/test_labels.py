@@ -18,15 +18,13 @@ def scene(batch: int = 1, classes: int = 2, height: int = 40, width: int = 60, s
 
 
 def test_threshold_by_hand():
-    # u = sqrt(score): 0.2 for three pixels, 1.0 for one. Both classes have no variance, so every split between them
-    # costs the same and the soft minimum is the mean of log u over the cell edges from 0.2 to 1.
-    maps = torch.tensor([[[[0.04, 0.04], [0.04, 1.0]]]], dtype=torch.float64)
-    edges = [0.1 + 0.9 / 128 * (i + 1) for i in range(128)]
-    between = [u for u in edges if 0.2 < u < 1 - 1e-9]
+    # u = sqrt(score): 0.3 for three pixels, 1.0 for one. Both classes have no variance, so every split between them
+    # costs the same and the soft minimum is the mean of log u over the cell edges from 0.3 to 1.
+    maps = torch.tensor([[[[0.09, 0.09], [0.09, 1.0]]]], dtype=torch.float64)
+    edges = [0.2 + 0.8 / 128 * (i + 1) for i in range(128)]
+    between = [u for u in edges if 0.3 < u < 1 - 1e-9]
     expected = math.exp(2 * sum(map(math.log, between)) / len(between))
-    torch.testing.assert_close(
-        background_threshold(maps), torch.tensor([expected], dtype=torch.float64), rtol=1e-3, atol=0
-    )
+    torch.testing.assert_close(background_threshold(maps), torch.tensor([expected], dtype=torch.float64))
 
 
 def test_constant_threshold_by_hand():
@@ -106,6 +104,8 @@ def test_list_of_ragged_maps_with_class_ids():
     assert [tuple(x.shape) for x in labels] == [(40, 60), (20, 33), (4, 5)]
     assert [sorted(set(x.flatten().tolist())) for x in labels] == [[0, 12, 15], [0, 3], [0]]
     assert labels_from_maps([]) == []
+    several = labels_from_maps(maps, background=torch.tensor([9.0, 0.3, 0.3]))
+    assert several[0].sum() == 0 and several[1].sum() > 0
 
 
 def test_class_ids_for_each_image():
@@ -215,6 +215,8 @@ def test_compiles_without_a_graph_break():
         ({"ignore": ("a", "b")}, TypeError, "ignore must be"),
         ({"maps": torch.zeros(1, 0, 3, 4), "background": None}, ValueError, "maps must hold the background"),
         ({"maps": [torch.zeros(1, 2, 2)], "class_ids": [[1], [2]]}, ValueError, "class_ids must be a list"),
+        ({"maps": [torch.zeros(1, 2, 2)], "background": torch.zeros(2)}, ValueError, "background must be one number"),
+        ({"maps": [torch.zeros(1, 1, 2, 2)]}, ValueError, "maps must be"),
     ],
 )
 def test_refusals(arguments, error, message):

@@ -1,0 +1,413 @@
+"""`refine_cams`: coarse class activation maps to object-shaped maps, composed of the ops."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wsss_kernels import _check
+from wsss_kernels.colour import average_to, check_picture, grid_size, walk_features
+from wsss_kernels.ops import local_affinity, random_walk
+
+Size = tuple[int, int]
+NORMALIZATIONS = ("image", "class", None)
+
+# What a published pipeline sets: (method, background, options).
+PRESETS: dict[str, tuple[str, float, dict[str, Any]]] = {
+    # Ahn and Kwak, CVPR 2018: walk on AffinityNet's own features, whose affinity was trained with scale 1.
+    "psa": ("affinity", 16.0, {"radius": 5, "metric": "l1", "scale": 1.0, "border": "cropped", "beta": 8.0, "steps": 256}),
+}  # fmt: skip
+
+
+def refine_cams(
+    cams: Tensor | Sequence[Tensor],
+    feats: Tensor | Sequence[Tensor],
+    *,
+    method: str | tuple[str, ...] = "affinity",
+    labels: Tensor | Sequence[Tensor] | None = None,
+    guide: Tensor | Sequence[Tensor] | None = None,
+    background: float | Tensor | Sequence[float] | None = None,
+    size: str | Size | None = None,
+    normalize: str | None = "image",
+    preset: str | None = None,
+    **method_options: Any,
+) -> Tensor | list[Tensor]:
+    """Refine class activation maps so that they follow the objects.
+
+    Each map diffuses over the affinity between neighbouring pixels: across like pixels, not across edges. The
+    defaults need no tuning: multiplying feats by any constant changes nothing.
+
+        cams --area / bilinear--> working grid --[background | present classes]--> walk --bilinear--> size, normalised
+
+    Methods:
+        "affinity": feats are [B, D, h, w] features of any network, layer, scale and D; the working grid is theirs
+            (features are never upsampled). Options: those of `local_affinity` (radius, metric, scale, border; here
+            scale="auto") and `random_walk` (beta, steps, solver, tol; here steps="auto" =
+            clamp(round(256 (max(h, w) / 128)^2), 16, 256)). For AffinityNet-trained features: scale=1.0, steps=256.
+        "image": feats are the RGB picture [B, 3, h', w'], uint8 or float 0..255, any size: the walk runs on its
+            colours (CIE Lab, in a unit that suits the picture, on a grid with long side <= `grid`). Options: grid=128,
+            and radius, scale, border, beta, steps, solver, tol as above.
+        A tuple runs several in turn on the same feats; each option goes to every method that has it.
+
+    Args:
+        cams: [B, C, H, W], or [C, H, W], or a list of [C_i, H_i, W_i] of any sizes (feats, labels and guide are lists
+            too, and a list comes back). Floating point, any scale. Negative values count as 0, with one warning.
+        feats: what the method needs, see above; the batch of cams.
+        labels: [B, C] bool ([C] for one image): the classes present. The others come back as zeros and cost nothing.
+        guide: [B, 3, h', w'] RGB picture: after the walk on feats a second, short walk as method="image" sharpens the
+            result to the picture's edges.
+        background: alpha > 0, one number or one per image: prepends the map (1 - max_c cam_c / max(cam_c))^alpha of the
+            present classes, which is refined with them. For published pipelines, whose cams have peak 1; for labels
+            use `labels_from_maps`.
+        size: of the result: None = that of cams, "feats", "guide", or (height, width).
+        normalize: "image" divides all maps of an image by their common maximum (the order between classes stays),
+            "class" each map by its own, None leaves them.
+        preset: "psa" sets method, scale, border, beta, steps and background as published; what is given explicitly wins.
+        **method_options: see above. One the method does not have is a TypeError that lists the valid ones.
+
+    Returns:
+        [B, C, h, w] (C + 1 with background), or as cams came; dtype of cams; differentiable in cams and feats.
+
+    Memory: the affinity [B, K, h, w] and the walk's workspace (see `random_walk`) on the working grid.
+
+    Raises:
+        TypeError, ValueError: an argument outside this contract, named.
+
+    Source: Ahn and Kwak, CVPR 2018; the automatic scale and steps and the walk on colours are ours.
+
+    Example:
+        >>> import torch, wsss_kernels as wk
+        >>> cams, picture = torch.rand(1, 2, 24, 32), torch.randint(0, 256, (1, 3, 375, 500), dtype=torch.uint8)
+        >>> wk.refine_cams(cams, picture, method="image", size="guide", guide=picture).shape
+        torch.Size([1, 2, 375, 500])
+    """
+    if preset is not None:
+        _check.choice("preset", preset, tuple(PRESETS))
+        method, published_background, published = PRESETS[preset]
+        background = published_background if background is None else background
+        method_options = {**published, **method_options}
+    stages = _stages(method, method_options)
+    _check_normalize(normalize)
+    _check_size(size)
+    if isinstance(cams, Tensor):
+        return _refine_tensor(cams, feats, labels, guide, background, stages, size, normalize)
+    return _refine_list(cams, feats, labels, guide, background, stages, size, normalize)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One refinement: where it works and what it does there."""
+
+    name: str
+    check: Callable[[str, Tensor], None]
+    grid: Callable[[Tensor, dict[str, Any]], Size]
+    run: Callable[[Tensor, Tensor, Size, dict[str, Any]], Tensor]  # maps on the grid, feats, grid, options
+    options: dict[str, Any]
+
+
+_WALK_OPTIONS = {"radius": 5, "border": "full", "beta": 8.0, "steps": "auto", "solver": "auto", "tol": 1e-4}
+_METHODS: dict[str, dict[str, Any]] = {  # options and their defaults
+    "affinity": {**_WALK_OPTIONS, "metric": "l1", "scale": "auto"},
+    "image": {**_WALK_OPTIONS, "scale": 1.0, "grid": 128},
+}
+_GUIDE_STEPS = 32  # the short walk that follows features; at a grid of 128
+
+
+def _auto_steps(grid: Size) -> int:
+    """A walk of t steps reaches sqrt(t) pixels; so that it reaches the same share of the map on every grid."""
+    return min(256, max(16, round(256 * (max(grid) / 128) ** 2)))
+
+
+def _walk(maps: Tensor, feats: Tensor, grid: Size, o: dict[str, Any], metric: str = "l1") -> Tensor:
+    steps = _auto_steps(grid) if o["steps"] == "auto" else o["steps"]
+    affinity = local_affinity(feats, o["radius"], metric=metric, scale=o["scale"], border=o["border"])
+    return random_walk(
+        maps, affinity, radius=o["radius"], beta=o["beta"], steps=steps, solver=o["solver"], tol=o["tol"]
+    )
+
+
+def _run_affinity(maps: Tensor, feats: Tensor, grid: Size, o: dict[str, Any]) -> Tensor:
+    return _walk(maps, feats.to(maps.dtype), grid, o, o["metric"])
+
+
+def _run_image(maps: Tensor, picture: Tensor, grid: Size, o: dict[str, Any]) -> Tensor:
+    return _walk(maps, walk_features(picture, grid).to(maps.dtype), grid, o)
+
+
+def _check_features(name: str, feats: Tensor) -> None:
+    _check.tensor(name, feats, "B D h w")
+
+
+def _stages(method: str | tuple[str, ...], given: dict[str, Any]) -> list[_Stage]:
+    names = method if isinstance(method, tuple) else (method,)
+    if not names:
+        raise ValueError("method must be one of the methods or a tuple of at least one, got ()")
+    for name in names:
+        _check.choice("method", name, tuple(_METHODS))
+    valid = {option for name in names for option in _METHODS[name]}
+    unknown = sorted(set(given) - valid)
+    if unknown:
+        raise TypeError(f"{unknown[0]} is no option of method={method!r}, which has {', '.join(sorted(valid))}")
+    if "steps" in given and isinstance(given["steps"], str):
+        _check.choice("steps", given["steps"], ("auto",))
+    if "grid" in given:
+        _check.whole("grid", given["grid"], "a whole number of pixels >= 1 (long side)", least=1)
+    stages = []
+    for name in names:
+        options = {key: given.get(key, default) for key, default in _METHODS[name].items()}
+        if name == "affinity":
+            stages.append(_Stage(name, _check_features, lambda x, _: tuple(x.shape[-2:]), _run_affinity, options))
+        else:
+            stages.append(_image_stage(options))
+    return stages
+
+
+def _image_stage(options: dict[str, Any]) -> _Stage:
+    return _Stage("image", check_picture, lambda x, o: grid_size(*x.shape[-2:], o["grid"]), _run_image, options)
+
+
+def _check_normalize(normalize: object) -> None:
+    if normalize is not None:
+        _check.choice("normalize", normalize, tuple(n for n in NORMALIZATIONS if n))
+
+
+def _check_size(size: object) -> None:
+    contract = f'size must be None, "feats", "guide" or a pair (height, width) of whole numbers >= 1, got {size!r}'
+    if size is None or size in ("feats", "guide"):
+        return
+    if not isinstance(size, (tuple, list, torch.Size)):
+        raise TypeError(contract) if not isinstance(size, str) else ValueError(contract)
+    if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
+        raise ValueError(contract)
+
+
+def _refine_list(
+    cams: Sequence[Tensor],
+    feats: Any,
+    labels: Any,
+    guide: Any,
+    background: Any,
+    stages: list[_Stage],
+    size: str | Size | None,
+    normalize: str | None,
+) -> list[Tensor]:
+    """Pictures of any sizes; those whose shapes agree go through together."""
+    if not isinstance(cams, (list, tuple)):
+        raise TypeError(f"cams must be a tensor [B, C, H, W] or [C, H, W], or a list, got {_check.describe(cams)}")
+    count = len(cams)
+    lists = {"feats": feats, "labels": labels, "guide": guide}
+    for name, value in lists.items():
+        if value is None and name != "feats":
+            continue
+        if isinstance(value, Tensor) or not isinstance(value, Sequence) or len(value) != count:
+            raise TypeError(f"{name} must be a list of {count} tensors, as cams is, got {_describe_list(value)}")
+    alphas = _per_image(background, count)
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for i in range(count):
+        parts = [cams[i], feats[i]] + [lists[name][i] for name in ("labels", "guide") if lists[name] is not None]
+        for part, name in zip(parts, ("cams", "feats", "labels", "guide"), strict=False):
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{name}[{i}] must be a tensor, got {_check.describe(part)}")
+        groups.setdefault(tuple((p.shape, p.dtype, p.device) for p in parts), []).append(i)
+    results: list[Tensor | None] = [None] * count
+    for indices in groups.values():
+
+        def batch(values: Sequence[Tensor] | None, indices: list[int] = indices) -> Tensor | None:
+            if values is None:
+                return None
+            chosen = [values[i] for i in indices]
+            return chosen[0].unsqueeze(0) if len(chosen) == 1 else torch.stack(chosen)
+
+        _check.tensor(f"cams[{indices[0]}]", cams[indices[0]], "C H W")
+        alpha = None if alphas is None else [alphas[i] for i in indices]
+        refined = _refine_tensor(
+            batch(cams), batch(feats), batch(labels), batch(guide), alpha, stages, size, normalize  # type: ignore[arg-type]
+        )  # fmt: skip
+        for i, image in zip(indices, refined.unbind(), strict=True):
+            results[i] = image
+    return results  # type: ignore[return-value]
+
+
+def _describe_list(value: object) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"a list of {len(value)}"
+    return _check.describe(value)
+
+
+def _per_image(background: Any, count: int) -> list[float] | None:
+    contract = "a number > 0 (alpha), or one per image"
+    if background is None:
+        return None
+    if isinstance(background, Tensor):
+        background = background.tolist()
+    if not isinstance(background, Sequence) or isinstance(background, str):
+        return [_check.number("background", background, contract, above=0)] * count
+    if len(background) != count:
+        raise ValueError(f"background must be {contract} ({count}), got {len(background)} values")
+    return [_check.number("background", alpha, contract, above=0) for alpha in background]
+
+
+def _refine_tensor(
+    cams: Tensor,
+    feats: Any,
+    labels: Any,
+    guide: Any,
+    background: Any,
+    stages: list[_Stage],
+    size: str | Size | None,
+    normalize: str | None,
+) -> Tensor:
+    single = cams.dim() == 3
+    _check.tensor("cams", cams, "C H W" if single else "B C H W")
+    if single:
+        cams = cams.unsqueeze(0)
+    batch, channels = cams.shape[:2]
+    feats = _with_batch("feats", feats, single, 4)
+    guide = None if guide is None else _with_batch("guide", guide, single, 4)
+    for stage in stages:
+        stage.check("feats", feats)
+    if guide is not None:
+        check_picture("guide", guide)
+    for name, value in (("feats", feats), ("guide", guide)):
+        if value is not None and value.shape[0] != batch:
+            raise ValueError(f"{name} must have the batch of cams ({batch}), got {_check.describe(value)}")
+        if value is not None:
+            _check.same_device("cams", cams, name, value)
+            if batch and 0 in value.shape[-2:]:
+                raise ValueError(f"{name} must have at least one pixel, got {_check.describe(value)}")
+    if labels is not None:
+        labels = _with_batch("labels", labels, single, 2)
+        if labels.dtype != torch.bool or labels.shape != (batch, channels):
+            raise (TypeError if labels.dtype != torch.bool else ValueError)(
+                f"labels must be a bool tensor [B, C] = {[batch, channels]} of the classes present, "
+                f"got {_check.describe(labels)}"
+            )
+    alphas = _per_image(background, batch)
+    target = _target_size(size, cams, feats, guide)
+
+    maps = cams if cams.dtype == torch.float64 else cams.float()
+    _warn_negative(maps)
+    maps = maps.clamp(min=0)
+    maps, positions = _present(maps, labels)
+    if alphas is not None:
+        maps = torch.cat([_background_map(maps, alphas), maps], dim=1)
+    for stage in stages:
+        maps = _run(stage, maps, feats)
+    if guide is not None:
+        grid = grid_size(*guide.shape[-2:], _METHODS["image"]["grid"])
+        steps = max(4, round(_GUIDE_STEPS * (max(grid) / 128) ** 2))
+        maps = _run(_image_stage({**_METHODS["image"], "steps": steps}), maps, guide)
+    maps = _normalized(_bilinear(maps, target), normalize)
+    if positions is not None:
+        maps = _dense(maps, positions, channels, alphas is not None)
+    maps = maps.to(cams.dtype)
+    return maps[0] if single else maps
+
+
+def _with_batch(name: str, value: Any, single: bool, dims: int) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, as cams is, got {_check.describe(value)}")
+    if single and value.dim() == dims - 1:
+        value = value.unsqueeze(0)
+    if value.dim() != dims:
+        shape = ("[B, D, h, w]", "[B, C]")[dims == 2] if not single else ("[D, h, w]", "[C]")[dims == 2]
+        raise ValueError(f"{name} must be {shape}, as cams is, got {_check.describe(value)}")
+    return value
+
+
+def _target_size(size: str | Size | None, cams: Tensor, feats: Tensor, guide: Tensor | None) -> Size:
+    if size is None:
+        return tuple(cams.shape[-2:])
+    if size == "feats":
+        return tuple(feats.shape[-2:])
+    if size == "guide":
+        if guide is None:
+            raise ValueError('size must not be "guide" without a guide, got size="guide" and guide=None')
+        return tuple(guide.shape[-2:])
+    height, width = size
+    return int(height), int(width)
+
+
+def _warn_negative(maps: Tensor) -> None:
+    if torch.compiler.is_compiling() or maps.device.type != "cpu" or not maps.numel():
+        return
+    if maps.detach().amin() < 0:
+        warnings.warn("negative values in cams count as 0 (logits? pass their ReLU)", UserWarning, stacklevel=4)
+
+
+def _present(maps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Only the classes present: [B, P, H, W] and where they stood [B, P], P the most an image has.
+
+    Where the labels cannot be read without a synchronisation the absent classes are zeroed instead, which the walk
+    skips.
+    """
+    if labels is None:
+        return maps, None
+    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+        return maps * labels[:, :, None, None].to(maps.device), None
+    most = int(labels.sum(dim=1).max()) if labels.numel() else 0
+    positions = torch.argsort(labels, dim=1, descending=True, stable=True)[:, :most]
+    kept = labels.gather(1, positions)[:, :, None, None].to(maps.device)
+    positions = positions.to(maps.device)
+    index = positions[:, :, None, None].expand(-1, -1, *maps.shape[-2:])
+    return maps.gather(1, index).where(kept, maps.new_zeros(())), positions
+
+
+def _dense(maps: Tensor, positions: Tensor, channels: int, has_background: bool) -> Tensor:
+    extra = int(has_background)
+    if has_background:
+        positions = torch.cat([positions.new_zeros(len(positions), 1), positions + 1], dim=1)
+    index = positions[:, :, None, None].expand_as(maps)
+    return maps.new_zeros(maps.shape[0], channels + extra, *maps.shape[-2:]).scatter(1, index, maps)
+
+
+def _background_map(maps: Tensor, alphas: list[float]) -> Tensor:
+    """(1 - max_c cam_c / max(cam_c))^alpha [B, 1, H, W]; a class without any score stays zero."""
+    if maps.shape[1] == 0 or maps.numel() == 0:
+        return maps.new_ones(maps.shape[0], 1, *maps.shape[-2:])
+    strongest = _scaled(maps, _maximum(maps, (2, 3))).nan_to_num(0, 0).amax(dim=1, keepdim=True)
+    exponent = alphas[0] if len(set(alphas)) <= 1 else maps.new_tensor(alphas)[:, None, None, None]
+    return (1 - strongest).clamp(min=0) ** exponent
+
+
+def _run(stage: _Stage, maps: Tensor, feats: Tensor) -> Tensor:
+    grid = stage.grid(feats, stage.options)
+    return stage.run(_resized(maps, grid), feats, grid, stage.options)
+
+
+def _resized(maps: Tensor, size: Size) -> Tensor:
+    """Area averaging where an axis shrinks, bilinear where it grows."""
+    height, width = maps.shape[-2:]
+    if 0 in maps.shape:
+        return maps.new_zeros(*maps.shape[:2], *size)
+    return _bilinear(average_to(maps, (min(height, size[0]), min(width, size[1]))), size)
+
+
+def _bilinear(maps: Tensor, size: Size) -> Tensor:
+    if tuple(maps.shape[-2:]) == size:
+        return maps
+    if 0 in maps.shape:
+        return maps.new_zeros(*maps.shape[:2], *size)
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def _normalized(maps: Tensor, normalize: str | None) -> Tensor:
+    if normalize is None or maps.numel() == 0:
+        return maps
+    return _scaled(maps, _maximum(maps, (2, 3) if normalize == "class" else (1, 2, 3)))
+
+
+def _maximum(maps: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Largest finite value: NaN and infinity stay in their own class."""
+    return maps.nan_to_num(0, 0, 0).amax(dim=dims, keepdim=True)
+
+
+def _scaled(maps: Tensor, maximum: Tensor) -> Tensor:
+    """maps / maximum, 0 where that is 0."""
+    return maps / torch.where(maximum > 0, maximum, torch.ones_like(maximum))
