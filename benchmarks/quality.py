@@ -97,7 +97,7 @@ def sweep_confusion(truth: Tensor, maps: Tensor, class_ids: Tensor) -> Tensor:
         return counts
     score, index = (maps[0] / maps.amax().clamp_min(1e-12)).max(dim=0)
     passed = torch.bucketize(score[valid], THRESHOLDS)  # how many thresholds the score exceeds, 0..T
-    seen, row = truth[valid].unique(return_inverse=True)
+    seen, row = torch.unique(truth[valid], return_inverse=True)
     key = (row * len(class_ids) + index[valid]) * steps + passed
     table = torch.bincount(key, minlength=len(seen) * len(class_ids) * steps).view(len(seen), len(class_ids), steps)
     kept = table.flip(2).cumsum(2).flip(2)[..., 1:]  # [classes seen, k, T] pixels above each threshold
@@ -130,6 +130,7 @@ def evaluate(pictures: list[Picture], data: Path, folder: str, method: str, argu
         size = (picture.truth.shape[0], picture.truth.shape[1])
         start = time.perf_counter()
         maps = to_size(cams, size) if arguments is None else wk.refine_cams(cams, picture.rgb, size=size, **arguments)
+        assert isinstance(maps, Tensor)  # a tensor in, a tensor out
         labels = wk.labels_from_maps(maps, background="auto", class_ids=ids)
         seconds += time.perf_counter() - start
         used += 1

@@ -9,20 +9,6 @@ namespace WSSS_ISA {
 constexpr int n = kLanes<float>;
 using V = Vec<float>;
 
-// count < n values at the end of a row; the rest of the vector is 0.
-WSSS_ALWAYS_INLINE V load_some(const float* p, int count) {
-  if (count >= n) return load(p);
-  float values[n] = {};
-  std::memcpy(values, p, size_t(count) * sizeof(float));
-  return load(values);
-}
-WSSS_ALWAYS_INLINE void store_some(float* p, V v, int count) {
-  if (count >= n) return store(p, v);
-  float values[n];
-  store(values, v);
-  std::memcpy(p, values, size_t(count) * sizeof(float));
-}
-
 void inverse_norms(const AffinityProblem& problem, const float* feats, float* norms, int begin, int end) {
   const size_t plane = size_t(problem.height) * problem.width;
   for (size_t i = size_t(begin) * problem.width; i < size_t(end) * problem.width; i += n) {
@@ -47,31 +33,29 @@ void inverse_norms(const AffinityProblem& problem, const float* feats, float* no
 }
 
 // Channels [d, d + depth) of rows [first, last) of a tile's columns and margins, as lines [row][channel][kLine]; 0
-// outside the map, and divided by the norms if there are any.
+// outside the map, and divided by the norms if there are any. Lines are written as far as a tile's vectors reach.
 WSSS_ALWAYS_INLINE void pack(const AffinityProblem& problem, const AffinityTile& tile, const float* feats,
                              const float* norms, int d, int depth, int first, int last, float* packed) {
   const size_t plane = size_t(problem.height) * problem.width;
-  const int left = tile.x_begin < kLineMargin ? tile.x_begin : kLineMargin;
+  const int left = tile.x_begin < kLineMargin ? tile.x_begin : kLineMargin;  // 0 or the whole margin
   const int end = tile.x_end + kLineMargin < problem.width ? tile.x_end + kLineMargin : problem.width;
   const int start = tile.x_begin - left, count = end - start;
+  const int written = left + (tile.x_end - tile.x_begin + n - 1) / n * n + kLineMargin;
   for (int y = first; y < last; ++y) {
     const bool inside = y >= 0 && y < problem.height;
     const size_t at = inside ? size_t(y) * problem.width + start : 0;
     for (int i = 0; i < depth; ++i, packed += kLine) {
-      if (!inside) {
-        std::memset(packed, 0, kLine * sizeof(float));
-        continue;
-      }
       float* const line = packed + kLineMargin - left;
       const float* const row = feats + size_t(d + i) * plane + at;
+      for (int x = 0; x < kLineMargin - left; x += n) store(packed + x, V{});
       int x = 0;
-      for (; x + n <= count; x += n) store(line + x, norms ? load(row + x) * load(norms + at + x) : load(row + x));
-      if (x < count) {
-        const V v = load_some(row + x, count - x);
-        store_some(line + x, norms ? v * load_some(norms + at + x, count - x) : v, count - x);
+      if (inside) {
+        for (; x < count; x += n) {
+          const V v = load_some(row + x, count - x);
+          store(line + x, norms ? v * load_some(norms + at + x, count - x) : v);
+        }
       }
-      std::memset(packed, 0, size_t(kLineMargin - left) * sizeof(float));
-      std::memset(line + count, 0, size_t(kLine - (kLineMargin - left) - count) * sizeof(float));
+      for (; x < written; x += n) store(line + x, V{});
     }
   }
 }

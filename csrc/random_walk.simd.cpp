@@ -259,16 +259,26 @@ WSSS_ALWAYS_INLINE void step_positions(const WalkPlan<T>& plan, const WalkStep<T
   }
   const size_t at = plan.state_row(y, C) + size_t(j + plan.halo) * C * n;
   const T* const inverse = plan.inverse + plan.inverse_row(y) + size_t(j) * n;
-  for (int p = 0; p < P; ++p) {
+  T* const next = step.next + at;
+  unroll<0, P>([&](auto p) __attribute__((always_inline)) {
     const Vec<T> inv = load(inverse + p * n);
-    for (int c = 0; c < C; ++c) {
-      const size_t i = size_t(p) * C + c;
-      Vec<T> value = step.scale * (centre[i] + inv * sum[i]);
-      if (step.previous_scale != 0) value += step.previous_scale * load(step.next + at + i * n);
-      if (step.add) value += step.add_scale * load(step.add + at + i * n);
-      store(step.next + at + i * n, value);
-      if (step.sum) store(step.sum + at + i * n, load(step.sum + at + i * n) + step.sum_scale * value);
-    }
+    unroll<0, C>([&](auto c) __attribute__((always_inline)) {
+      sum[p * C + c] = step.scale * (centre[p * C + c] + inv * sum[p * C + c]);
+    });
+  });
+  if (step.previous_scale != 0) {
+    unroll<0, C * P>([&](auto i) __attribute__((always_inline)) { sum[i] += step.previous_scale * load(next + i * n); });
+  }
+  if (step.add) {
+    const T* const add = step.add + at;
+    unroll<0, C * P>([&](auto i) __attribute__((always_inline)) { sum[i] += step.add_scale * load(add + i * n); });
+  }
+  unroll<0, C * P>([&](auto i) __attribute__((always_inline)) { store(next + i * n, sum[i]); });
+  if (step.sum) {
+    T* const total = step.sum + at;
+    unroll<0, C * P>([&](auto i) __attribute__((always_inline)) {
+      store(total + i * n, load(total + i * n) + step.sum_scale * sum[i]);
+    });
   }
 }
 

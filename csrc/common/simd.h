@@ -5,6 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "neighbourhood.h"
 
@@ -39,6 +42,26 @@ WSSS_ALWAYS_INLINE void store(T* p, Vec<T> v) {
 template <class T>
 WSSS_ALWAYS_INLINE Vec<T> splat(T value) {
   return value - Vec<T>{};
+}
+
+// The first `count` values (all where count >= lanes); the rest of the vector is 0, and is not written.
+WSSS_ALWAYS_INLINE Vec<float> load_some(const float* p, int count) {
+  if (count >= kLanes<float>) return load(p);
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+#else
+  float values[kLanes<float>] = {};
+  for (int i = 0; i < count; ++i) values[i] = p[i];
+  return load(values);
+#endif
+}
+WSSS_ALWAYS_INLINE void store_some(float* p, Vec<float> v, int count) {
+  if (count >= kLanes<float>) return store(p, v);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+#else
+  for (int i = 0; i < count; ++i) p[i] = v[i];
+#endif
 }
 
 // Keeps a loaded value in its register: compilers like to fold a load into each of its uses, and loads are what bounds

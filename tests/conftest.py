@@ -1,0 +1,269 @@
+"""What the tests share: devices, tolerances, and the ops computed a second time in float64, by other means."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+import wsss_kernels as wk
+from wsss_kernels import _dispatch
+
+# max |error| / max |reference| against float64
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DTYPES = tuple(TOLERANCE)
+OPS = ("local_affinity", "random_walk")
+
+_quick = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("ci", max_examples=50, derandomize=True, **_quick)
+hypothesis.settings.register_profile("release", max_examples=300, derandomize=False, **_quick)
+hypothesis.settings.load_profile("ci")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--release", action="store_true", help="also the long tests, and 300 examples a property")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "native: needs the compiled module; skipped with WSSS_DISABLE_NATIVE=1")
+    config.addinivalue_line("markers", "release: takes minutes; runs with --release")
+    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support is in beta")
+    if config.getoption("--release"):
+        hypothesis.settings.load_profile("release")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "release" in item.keywords and not config.getoption("--release"):
+            item.add_marker(pytest.mark.skip(reason="runs with --release"))
+        if "native" in item.keywords and os.environ.get("WSSS_DISABLE_NATIVE") == "1":
+            item.add_marker(pytest.mark.skip(reason="the compiled module is switched off"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def native_or_told_so():
+    """Without WSSS_DISABLE_NATIVE=1 a CPU op that falls back to the reference fails the whole suite."""
+    if os.environ.get("WSSS_DISABLE_NATIVE") == "1":
+        assert _dispatch.native is None
+        return
+    assert _dispatch.native is not None, _dispatch.native_absence
+    if not hasattr(wk, "info"):
+        return
+    ops = wk.info()["ops"]
+    fallen_back = [
+        (op, direction, kernel)
+        for op in OPS
+        for direction in ("forward", "backward")
+        if "native" not in str(kernel := ops[op]["cpu"][direction])
+    ]
+    assert not fallen_back, f"these ops run no native kernel on the CPU: {fallen_back}"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def nan_filled():
+    """Every element of torch.empty is NaN, so that one nobody writes shows."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """max |actual - expected| / max |expected|; infinite where one is finite and the other is not."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    if actual.numel() == 0:
+        return 0.0
+    if not torch.equal(actual.isfinite(), expected.isfinite()):
+        return float("inf")
+    finite = expected.isfinite()
+    error = (actual - expected).abs()[finite].amax().item() if finite.any() else 0.0
+    if error == 0:
+        return 0.0
+    largest = expected.abs()[finite].amax().item()
+    return error / largest if largest > 0 else float("inf")
+
+
+@pytest.fixture(scope="session")
+def assert_close():
+    """assert_close(actual, expected): within the tolerance of actual's dtype, or the one given, of a float64 result."""
+
+    def check(actual: Tensor, expected: Tensor, tol: float | None = None) -> None:
+        tol = TOLERANCE[actual.dtype] if tol is None else tol
+        error = relative_error(actual, expected)
+        assert error <= tol, f"off by {error:.2e} of the largest value, allowed {tol:.0e}"
+
+    check.error = relative_error
+    return check
+
+
+class Oracle:
+    """The ops once more: explicit lists of pairs and matrices in float64, sharing no code with the package."""
+
+    @staticmethod
+    def offsets(radius: int) -> list[tuple[int, int]]:
+        disc = [(y, x) for y in range(-20, 21) for x in range(-20, 21) if y * y + x * x < radius * radius]
+        return [offset for offset in disc if offset > (0, 0)]  # tuples compare row-major
+
+    @staticmethod
+    def links(height: int, width: int, radius: int, border: str = "full") -> tuple[Tensor, Tensor, Tensor]:
+        """Neighbour index, source pixel and target pixel (y * width + x) of every pair."""
+        margin = radius - 1 if border == "cropped" else 0
+        found = [
+            (k, y * width + x, (y + dy) * width + x + dx)
+            for k, (dy, dx) in enumerate(Oracle.offsets(radius))
+            for y in range(height - max(dy, margin))
+            for x in range(max(-dx, margin), width - max(dx, margin))
+        ]
+        k, source, target = torch.tensor(found, dtype=torch.long).reshape(-1, 3).unbind(1)
+        return k, source, target
+
+    @staticmethod
+    def affinity(feats: Tensor, radius: int = 5, metric: str = "l1", scale: float | str = 1.0, border: str = "full"):
+        batch, _, height, width = feats.shape
+        x = feats.double().flatten(2)
+        every, chosen = Oracle.links(height, width, radius), Oracle.links(height, width, radius, border)
+
+        def distances(links):
+            here, there = x[:, :, links[1]], x[:, :, links[2]]
+            if metric == "l1":
+                return (here - there).abs().mean(1)
+            lengths = here.norm(dim=1) * there.norm(dim=1)
+            dot = (here * there).sum(1)
+            return 1 - torch.where(lengths > 0, dot / torch.where(lengths > 0, lengths, 1.0), 0.0)
+
+        out = torch.zeros(batch, len(Oracle.offsets(radius)), height * width, dtype=torch.float64)
+        distance = distances(chosen)
+        if scale == "auto":
+            mean = distances(every).detach().mean(1, keepdim=True)  # NaN for a map without pairs, which has no values
+            value = torch.exp(-distance / torch.where(mean > 0, mean, 1.0))
+        elif metric == "l1":
+            value = torch.exp(-distance / scale)
+        else:
+            value = (1 - distance).clamp(min=0)
+        return out.index_put((slice_index(batch, value), chosen[0].expand(batch, -1), chosen[1].expand(batch, -1)), value
+                             ).reshape(batch, -1, height, width)  # fmt: skip
+
+    @staticmethod
+    def weights(affinity: Tensor, radius: int, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Source, target and [B, links] weight of every pair of the map, each once."""
+        height, width = affinity.shape[-2:]
+        k, source, target = Oracle.links(height, width, radius)
+        a = affinity.double().flatten(2)[:, k, source]
+        return source, target, torch.where(a > 0, torch.where(a > 0, a, 1.0) ** beta, 0.0)
+
+    @staticmethod
+    def transition(affinity: Tensor, radius: int = 5, beta: float = 8.0) -> Tensor:
+        """P = D^-1 W, dense [B, N, N], differentiable."""
+        batch, pixels = affinity.shape[0], affinity.shape[-2] * affinity.shape[-1]
+        source, target, value = Oracle.weights(affinity, radius, beta)
+        half = torch.zeros(batch, pixels, pixels, dtype=torch.float64)
+        half = half.index_put((slice_index(batch, value), source.expand(batch, -1), target.expand(batch, -1)), value)
+        w = half + half.mT + torch.eye(pixels, dtype=torch.float64)
+        return w / w.sum(-1, keepdim=True)
+
+    @staticmethod
+    def dense_walk(maps: Tensor, affinity: Tensor, radius: int = 5, beta: float = 8.0, steps: int = 256) -> Tensor:
+        power = torch.linalg.matrix_power(Oracle.transition(affinity, radius, beta), steps)
+        return (maps.double().flatten(2) @ power.mT).reshape(maps.shape)
+
+    @staticmethod
+    def walk(maps: Tensor, affinity: Tensor, radius: int = 5, beta: float = 8.0, steps: int = 256) -> Tensor:
+        """The same step by step on a sparse matrix: for larger maps, no gradient."""
+        pixels = affinity.shape[-2] * affinity.shape[-1]
+        source, target, values = Oracle.weights(affinity.detach(), radius, beta)
+        every = torch.arange(pixels)
+        rows, columns = torch.cat([source, target, every]), torch.cat([target, source, every])
+        out = []
+        for x, value in zip(maps.detach().double(), values, strict=True):
+            value = torch.cat([value, value, torch.ones(pixels, dtype=torch.float64)])
+            degree = torch.zeros(pixels, dtype=torch.float64).index_add(0, rows, value)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                p = torch.sparse_coo_tensor(torch.stack([rows, columns]), value / degree[rows], (pixels, pixels)).to_sparse_csr()
+            y = x.flatten(1).T.contiguous()
+            for _ in range(steps):
+                y = p @ y
+            out.append(y.T.reshape(x.shape))
+        return torch.stack(out) if out else maps.double()
+
+
+def slice_index(batch: int, value: Tensor) -> Tensor:
+    return torch.arange(batch)[:, None].expand(batch, value.shape[1])
+
+
+@pytest.fixture(scope="session")
+def oracle() -> type[Oracle]:
+    return Oracle
+
+
+class Scenes:
+    """Inputs like those of the published pipelines; every call with the same numbers gives the same tensors."""
+
+    @staticmethod
+    def maps(batch: int, channels: int, height: int, width: int, seed: int = 0) -> Tensor:
+        """Class activation maps: smooth blobs with peak 1."""
+        generator = torch.Generator().manual_seed(seed)
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        centre = torch.rand(batch, channels, 2, 1, 1, generator=generator) * torch.tensor([height, width]).view(2, 1, 1)
+        size = (0.05 + 0.2 * torch.rand(batch, channels, 1, 1, generator=generator)) * max(height, width)
+        blob = torch.exp(-((y - centre[:, :, 0]) ** 2 + (x - centre[:, :, 1]) ** 2) / (2 * size**2))
+        return blob / blob.amax((2, 3), keepdim=True).clamp_min(1e-6)
+
+    @staticmethod
+    def features(batch: int, dim: int, height: int, width: int, seed: int = 0, noise: float = 0.05) -> Tensor:
+        """Piecewise smooth: Voronoi cells of random feature vectors, plus noise."""
+        generator = torch.Generator().manual_seed(seed)
+        y, x = torch.meshgrid(torch.arange(height) / height, torch.arange(width) / width, indexing="ij")
+        cells = 8
+        centres = torch.rand(batch, cells, 2, 1, 1, generator=generator)
+        nearest = ((y - centres[:, :, 0]) ** 2 + (x - centres[:, :, 1]) ** 2).argmin(1)
+        values = torch.randn(batch, cells, dim, generator=generator)
+        feats = torch.gather(values, 1, nearest.flatten(1)[..., None].expand(-1, -1, dim))
+        feats = feats.mT.reshape(batch, dim, height, width) * 0.5
+        return feats + noise * torch.randn(batch, dim, height, width, generator=generator)
+
+    @staticmethod
+    def edge_affinity(height: int, width: int, radius: int, seed: int = 0) -> Tensor:
+        """IRNet's kind [1, K, H, W]: 1 - the largest boundary on the straight way; thin strong edges, wide flat regions."""
+        generator = torch.Generator().manual_seed(seed)
+        region = Scenes.features(1, 1, height, width, seed, noise=0.0)[0, 0]
+        edge = torch.zeros(height, width)
+        edge[:, 1:] = (region[:, 1:] != region[:, :-1]).float()
+        edge[1:] = torch.maximum(edge[1:], (region[1:] != region[:-1]).float())
+        boundary = edge * (0.7 + 0.3 * torch.rand(height, width, generator=generator))
+        boundary = boundary + 1e-3 * torch.rand(height, width, generator=generator)
+        boundary = boundary.clamp(max=1)
+        planes = []
+        for dy, dx in Oracle.offsets(radius):
+            ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+            inside = (ys + dy < height) & (xs + dx >= 0) & (xs + dx < width)
+            worst = torch.zeros(height, width)
+            points = max(dy, abs(dx))
+            for i in range(points + 1):
+                py = (ys + round(dy * i / points)).clamp(0, height - 1)
+                px = (xs + round(dx * i / points)).clamp(0, width - 1)
+                worst = torch.maximum(worst, boundary[py, px])
+            planes.append(torch.where(inside, 1 - worst, 0.0))
+        return torch.stack(planes)[None]
+
+
+@pytest.fixture(scope="session")
+def scenes() -> type[Scenes]:
+    return Scenes
