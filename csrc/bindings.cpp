@@ -2,9 +2,13 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 
 #include "common/isa.h"
 #include "common/neighbourhood.h"
+#ifdef WSSS_WITH_CUDA
+#include "cuda_device.h"
+#endif
 #include "local_affinity.h"
 #include "random_walk.h"
 
@@ -62,6 +66,16 @@ void random_walk_backward(Address grad, Address maps, Address affinity, Address 
                                  walk_options(radius, beta, steps, solver, tol), threads);
 }
 
+#ifdef WSSS_WITH_CUDA
+std::pair<int, std::string> cuda_device_count() {
+  std::string message;
+  const int count = wsss::cuda_device_count(&message);
+  return {count, message};
+}
+
+int cuda_probe(Address stream) { return wsss::cuda_probe(at<void>(stream)); }
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -77,6 +91,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = WSSS_CUDA_ARCHS;
 #else
   m.attr("cuda_archs") = "";
+#endif
+#ifdef WSSS_WITH_CUDA
+  m.def("cuda_runtime_version", &wsss::cuda_runtime_version);
+  m.def("cuda_device_count", &cuda_device_count, without_gil);
+  m.def("cuda_probe", &cuda_probe, py::arg("stream") = Address{0}, without_gil);
 #endif
   m.def("local_affinity", &local_affinity, without_gil);
   m.def("local_affinity_backward", &local_affinity_backward, without_gil);

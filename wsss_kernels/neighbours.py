@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-
 MAX_RADIUS = 16
 
 
-@functools.lru_cache
-def _offsets(radius: int) -> tuple[tuple[int, int], ...]:
-    reach = range(1 - radius, radius)
-    return tuple(
+_OFFSETS = {
+    radius: [
         (dy, dx)
         for dy in range(radius)
-        for dx in reach
+        for dx in range(1 - radius, radius)
         if dx * dx + dy * dy < radius * radius and (dy > 0 or dx > 0)
-    )
+    ]
+    for radius in range(1, MAX_RADIUS + 1)
+}
 
 
 def check_radius(radius: int) -> None:
@@ -47,4 +45,9 @@ def neighbour_offsets(radius: int = 5) -> list[tuple[int, int]]:
         [(0, 1), (1, -1), (1, 0), (1, 1)]
     """
     check_radius(radius)
-    return list(_offsets(radius))
+    return list(_OFFSETS[radius])
+
+
+def neighbour_count(radius: int) -> int:
+    """K of a valid radius."""
+    return len(_OFFSETS[radius])

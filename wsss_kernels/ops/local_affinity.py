@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wsss_kernels import _check, _dispatch, reference
-from wsss_kernels.neighbours import check_radius, neighbour_offsets
+from wsss_kernels.neighbours import check_radius, neighbour_count
 
 _AUTO = 0.0  # how "auto" travels through the op's float argument
 
@@ -83,7 +83,7 @@ def _local_affinity_cpu(
     assert _dispatch.native is not None
     batch, dim, height, width = feats.shape
     x = _dispatch.as_kernel_input(feats)
-    out = torch.empty(batch, len(neighbour_offsets(radius)), height, width)
+    out = torch.empty(batch, neighbour_count(radius), height, width)
     scales = torch.empty(batch)
     _dispatch.native.local_affinity(
         x.data_ptr(), out.data_ptr(), scales.data_ptr(), batch, dim, height, width, radius, cosine, scale, cropped,
@@ -116,7 +116,7 @@ def _local_affinity_fake(
     feats: Tensor, radius: int, cosine: bool, scale: float, cropped: bool
 ) -> tuple[Tensor, Tensor]:
     batch, _, height, width = feats.shape
-    affinity = feats.new_empty(batch, len(neighbour_offsets(radius)), height, width)
+    affinity = feats.new_empty(batch, neighbour_count(radius), height, width)
     return affinity, feats.new_empty(batch, dtype=torch.float32)
 
 

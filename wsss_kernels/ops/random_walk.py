@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wsss_kernels import _check, _dispatch, reference
-from wsss_kernels.neighbours import check_radius, neighbour_offsets
+from wsss_kernels.neighbours import check_radius, neighbour_count
 
 SOLVERS = ("auto", "power", "chebyshev")  # in the order of WalkSolver in csrc/random_walk.h
 
@@ -67,7 +67,7 @@ def random_walk(
     _check.choice("solver", solver, SOLVERS)
     tol = _check.number("tol", tol, "a number > 0 (error in units of the map's maximum)", above=0)
     batch, _, height, width = maps.shape
-    expected = (batch, len(neighbour_offsets(radius)), height, width)
+    expected = (batch, neighbour_count(radius), height, width)
     if affinity.shape != expected:
         raise ValueError(
             f"affinity must be [B, K, H, W] = {list(expected)} for these maps and radius {radius}, "

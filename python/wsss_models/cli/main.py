@@ -1,0 +1,67 @@
+"""`wsss <command>`: finds the command, leaves the work to its module."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+DONE, SOME_FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
+
+# Name -> what it does; the module of that name has add_arguments(parser) and run(arguments) -> exit code. Only the
+# module of the command given is imported, so that `wsss --help` does not wait for torch.
+COMMANDS = {
+    "demo": "refine hand-drawn seeds on real photographs (or a click on your own) and write one picture of it",
+    "refine": "refine a folder of class activation maps to label pictures",
+}
+_EXTRAS = {"PIL": "cli", "tqdm": "cli", "skimage": "demo"}
+
+
+class UsageError(ValueError):
+    """Arguments that parse but make no sense together: exit code 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `wsss` command.
+
+    Args:
+        argv: the arguments after the name of the program; None = those of the process.
+
+    Returns:
+        int: 0 done, 1 some pictures failed (each named, the rest finished), 2 wrong arguments, 130 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in argv if not word.startswith("-")), None)
+    parser = argparse.ArgumentParser(prog="wsss", description="Weakly-supervised segmentation from the command line.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    module = None
+    try:
+        for name, purpose in COMMANDS.items():
+            sub = commands.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
+            if name == command:
+                module = importlib.import_module(f"wsss_models.cli.{name}")
+                module.add_arguments(sub)
+        arguments = parser.parse_args(argv)
+        if arguments.version:
+            print(f"wsss {importlib.import_module('wsss_kernels').__version__}")
+            return DONE
+        if module is None:
+            parser.print_help(sys.stderr)
+            return WRONG_ARGUMENTS
+        return module.run(arguments)
+    except SystemExit as stop:  # argparse has printed why
+        return stop.code if isinstance(stop.code, int) else WRONG_ARGUMENTS
+    except UsageError as error:
+        print(f"wsss {command}: error: {error}", file=sys.stderr)
+        return WRONG_ARGUMENTS
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(f'wsss {command} needs {error.name}: pip install "wsss-kernels[{extra}]"', file=sys.stderr)
+        return WRONG_ARGUMENTS
+    except KeyboardInterrupt:
+        print(f"wsss {command}: interrupted; the same command continues where it stopped", file=sys.stderr)
+        return INTERRUPTED

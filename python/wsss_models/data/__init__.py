@@ -1,0 +1,1 @@
+"""Pictures, maps, labels and folders of them."""
