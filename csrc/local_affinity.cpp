@@ -17,6 +17,13 @@ namespace {
 
 const AffinityKernels& kernels() { return WSSS_CHOOSE_ISA(affinity_kernels); }
 
+// Pairs of values a thread should have to compare: some tens of microseconds.
+constexpr double kPairsPerThread = 5e5;
+
+double pair_work(const FeatureShape& shape, const Neighbourhood& hood) {
+  return double(shape.batch) * double(shape.dim) * double(shape.height) * double(shape.width) * hood.count;
+}
+
 struct ImageTile {
   int64_t image;
   AffinityTile tile;
@@ -62,7 +69,7 @@ void local_affinity_cpu(const float* feats, float* out, float* scale, FeatureSha
   const size_t image_in = shape.dim * plane, image_out = hood.count * plane;
   for (int64_t b = 0; b < shape.batch; ++b) scale[b] = float(options.scale);
   if (shape.batch == 0 || image_out == 0) return;
-  threads = usable_threads(threads);
+  threads = worthwhile_threads(usable_threads(threads), pair_work(shape, hood), kPairsPerThread);
   const std::vector<ImageTile> tiles = tiles_of(0, shape.batch, shape, threads);
   const int64_t rows = shape.batch * shape.height, columns = (shape.width + kTileColumns - 1) / kTileColumns;
   const bool cosine = options.metric == AffinityMetric::kCosine;
@@ -116,7 +123,7 @@ void local_affinity_backward_cpu(const float* grad, const float* feats, const fl
   const size_t plane = size_t(shape.height) * shape.width;
   const size_t image_in = shape.dim * plane, image_out = hood.count * plane;
   if (shape.batch == 0 || plane == 0) return;
-  threads = usable_threads(threads);
+  threads = worthwhile_threads(usable_threads(threads), pair_work(shape, hood) / double(shape.batch), kPairsPerThread);
   const bool cosine = options.metric == AffinityMetric::kCosine;
   const size_t margin = size_t(hood.radius - 1) * pair_line(int(shape.width)), plane_size = pair_plane(problem);
   const Buffer<float> pairs(hood.count * plane_size), work(kBackwardPack * threads), norms(cosine ? plane : 0);

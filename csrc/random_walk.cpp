@@ -33,6 +33,8 @@ constexpr double kSingleChebyshevTol = 2e-5;
 // A truncated series is off by its tail times the largest entry of T_k(P), which reached 24 (no small bound is known).
 constexpr double kTailSafety = 32;
 constexpr double kGradientTail = 1e-7;
+// A thread's share of a step, in pixels times maps, that takes some ten times as long as meeting the others after it.
+constexpr double kPixelsPerThread = 1000;
 
 // P^steps = sum of coefficients[k] T_k(P), up to a tail; T_k the Chebyshev polynomials. All are >= 0: they are the law
 // of the distance a simple random walk has gone after `steps` steps.
@@ -286,9 +288,10 @@ void walk_chunk_backward(const Walker<T>& walker, const Team& team, const Chunk&
 template <class T, class Run>
 void for_each_image(const WalkShape& shape, const WalkOptions& options, int maps, int states, bool gradient,
                     int threads, Run&& run) {
-  threads = int(std::min<int64_t>(usable_threads(threads), std::max<int64_t>(shape.height, shape.batch)));
+  threads = usable_threads(threads);
   const bool fits = Walker<T>::weight_bytes(shape, options.radius) <= size_t(1) << 20;
-  const int64_t side_by_side = threads > 1 && fits ? shape.batch / threads * threads : 0;
+  const bool tiny = double(shape.height) * shape.width * maps * shape.batch < kPixelsPerThread;
+  const int64_t side_by_side = threads > 1 && fits && !tiny ? shape.batch / threads * threads : 0;
   if (side_by_side > 0) {
     std::vector<std::unique_ptr<Walker<T>>> walkers;
     for (int i = 0; i < threads; ++i) {
@@ -299,6 +302,8 @@ void for_each_image(const WalkShape& shape, const WalkOptions& options, int maps
     });
   }
   if (side_by_side < shape.batch) {
+    threads = worthwhile_threads(threads, double(shape.height) * shape.width * maps, kPixelsPerThread);
+    threads = int(std::min<int64_t>(threads, shape.height));
     const Walker<T> walker(shape, options, maps, states, gradient, threads);
     parallel(threads, [&](const Team& team) {
       for (int64_t b = side_by_side; b < shape.batch; ++b) run(walker, team, b);

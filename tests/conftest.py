@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 
@@ -84,6 +85,37 @@ def nan_filled():
     torch.utils.deterministic.fill_uninitialized_memory = before
 
 
+def _storage_offset(x: Tensor) -> Tensor:
+    flat = torch.empty(x.numel() + 3, dtype=x.dtype)
+    flat[3:] = x.flatten()
+    return flat[3:].view(x.shape)  # 12 bytes past the allocation in float32: no vector is aligned
+
+
+def _every_second(x: Tensor) -> Tensor:
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype)
+    wide[..., ::2] = x
+    return wide[..., ::2]
+
+
+# Same values, another place in memory (expanded: values of its own).
+LAYOUTS = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "permuted": lambda x: x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+    "expanded": lambda x: x[:, :, :, :1].expand_as(x),
+    "batch_expanded": lambda x: x[:1].expand_as(x),
+    "storage_offset": _storage_offset,
+    "every_second": _every_second,
+    "negative_view": lambda x: torch._neg_view(-x),
+    "imaginary_part": lambda x: torch.complex(x.float(), -x.float()).conj().imag,
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    return LAYOUTS[request.param]
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """max |actual - expected| / max |expected|; infinite where one is finite and the other is not."""
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
@@ -117,21 +149,23 @@ class Oracle:
     """The ops once more: explicit lists of pairs and matrices in float64, sharing no code with the package."""
 
     @staticmethod
+    @functools.lru_cache
     def offsets(radius: int) -> list[tuple[int, int]]:
         disc = [(y, x) for y in range(-20, 21) for x in range(-20, 21) if y * y + x * x < radius * radius]
         return [offset for offset in disc if offset > (0, 0)]  # tuples compare row-major
 
     @staticmethod
+    @functools.lru_cache
     def links(height: int, width: int, radius: int, border: str = "full") -> tuple[Tensor, Tensor, Tensor]:
         """Neighbour index, source pixel and target pixel (y * width + x) of every pair."""
         margin = radius - 1 if border == "cropped" else 0
-        found = [
-            (k, y * width + x, (y + dy) * width + x + dx)
-            for k, (dy, dx) in enumerate(Oracle.offsets(radius))
-            for y in range(height - max(dy, margin))
-            for x in range(max(-dx, margin), width - max(dx, margin))
-        ]
-        k, source, target = torch.tensor(found, dtype=torch.long).reshape(-1, 3).unbind(1)
+        found = []
+        for k, (dy, dx) in enumerate(Oracle.offsets(radius)):
+            y = torch.arange(max(0, height - max(dy, margin)))[:, None]
+            x = torch.arange(max(-dx, margin), max(-dx, margin, width - max(dx, margin)))
+            source = (y * width + x).flatten()
+            found.append(torch.stack([torch.full_like(source, k), source, source + dy * width + dx]))
+        k, source, target = torch.cat([torch.zeros(3, 0, dtype=torch.long), *found], dim=1)
         return k, source, target
 
     @staticmethod
@@ -156,7 +190,7 @@ class Oracle:
         elif metric == "l1":
             value = torch.exp(-distance / scale)
         else:
-            value = (1 - distance).clamp(min=0)
+            value = (1 - distance).relu()
         return out.index_put((slice_index(batch, value), chosen[0].expand(batch, -1), chosen[1].expand(batch, -1)), value
                              ).reshape(batch, -1, height, width)  # fmt: skip
 

@@ -65,4 +65,10 @@ def calls_directly(*tensors: Tensor) -> bool:
 
 def as_kernel_input(tensor: Tensor) -> Tensor:
     """float32, contiguous, no copy where it is so already."""
+    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+        return tensor
     return tensor.to(torch.float32).contiguous()
+
+
+def as_output(result: Tensor, dtype: torch.dtype) -> Tensor:
+    return result if dtype is torch.float32 else result.to(dtype)

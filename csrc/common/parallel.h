@@ -32,6 +32,11 @@ class FlushSubnormals {
 inline const pid_t kLoadedBy = getpid();
 inline int usable_threads(int threads) { return threads > 1 && getpid() == kLoadedBy ? threads : 1; }
 
+// No more threads than find `grain` units of work each: meeting costs more than it brings on small maps.
+inline int worthwhile_threads(int threads, double work, double grain) {
+  return std::max(1, int(std::min<double>(threads, work / grain)));
+}
+
 // Threads meet here between two steps of a walk, microseconds apart. Waiting never sleeps: on a busy machine a sleeping
 // thread is woken milliseconds late, once a step. It yields instead when the wait grows long.
 class Barrier {

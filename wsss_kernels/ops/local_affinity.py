@@ -89,7 +89,7 @@ def _local_affinity_cpu(
         x.data_ptr(), out.data_ptr(), scales.data_ptr(), batch, dim, height, width, radius, cosine, scale, cropped,
         torch.get_num_threads(),
     )  # fmt: skip
-    return out.to(feats.dtype), scales
+    return _dispatch.as_output(out, feats.dtype), scales
 
 
 def _local_affinity_backward_cpu(
@@ -104,12 +104,12 @@ def _local_affinity_backward_cpu(
 ) -> Tensor:
     assert _dispatch.native is not None
     grad, x, affinity = map(_dispatch.as_kernel_input, (grad, feats, affinity))
-    out = torch.empty(feats.shape)
+    out = torch.empty_like(x)
     _dispatch.native.local_affinity_backward(
         grad.data_ptr(), x.data_ptr(), affinity.data_ptr(), scales.data_ptr(), out.data_ptr(), *feats.shape,
         radius, cosine, scale, cropped, torch.get_num_threads(),
     )  # fmt: skip
-    return out.to(feats.dtype)
+    return _dispatch.as_output(out, feats.dtype)
 
 
 def _local_affinity_fake(

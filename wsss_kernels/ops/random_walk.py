@@ -95,12 +95,12 @@ def _random_walk_cpu(
 ) -> Tensor:
     assert _dispatch.native is not None
     x, links = _dispatch.as_kernel_input(maps), _dispatch.as_kernel_input(affinity)
-    out = torch.empty(maps.shape)
+    out = torch.empty_like(x)
     _dispatch.native.random_walk(
         x.data_ptr(), links.data_ptr(), out.data_ptr(), *maps.shape, radius, beta, steps, SOLVERS.index(solver), tol,
         torch.get_num_threads(),
     )  # fmt: skip
-    return out.to(maps.dtype)
+    return _dispatch.as_output(out, maps.dtype)
 
 
 def _random_walk_backward_cpu(

@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ids", type=Path, metavar="FILE", help="refine only these: one id (path without suffix) a line")
     add("--shard", default="0/1", metavar="i/n", help="refine every n-th picture from the i-th on, i = 0..n-1")
     add("--device", default="cpu", metavar="cpu|cuda")
-    add("--batch", type=int, default=8, metavar="N", help="pictures refined together; changes no result")
+    add("--batch", type=int, default=8, metavar="N", help="pictures refined together on a GPU and read ahead; changes no result")
     add("--workers", type=int, default=2, metavar="N", help="threads that read and write files")
     add("--strict", action="store_true", help="stop at the first picture that fails instead of finishing the rest")
 
@@ -136,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
             jobs = _jobs(names, pictures, arguments, maps_root, settings, failed, tally)
             items = _prefetched(pool, jobs, lambda job: _read(job, arguments.num_classes), 2 * arguments.batch, failed)
             writes: deque[tuple[Job, Future[None]]] = deque()
-            for batch in _batches(items, arguments.batch):
+            for batch in _batches(items, arguments.batch if device.type != "cpu" else 1):
                 for job, label, maps, class_ids in _refine(batch, settings, device, failed):
                     writes.append((job, pool.submit(_write, job, label, maps, class_ids)))
                 while len(writes) > 2 * arguments.batch:
@@ -313,6 +313,7 @@ def _prefetched(
 
 
 def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    """On a CPU one at a time: a picture fills it, and its last bit cannot depend on the others of a resumed run."""
     while batch := list(islice(items, size)):
         yield batch
 

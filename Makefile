@@ -1,0 +1,85 @@
+# `make demo` and `make test` are all the set-up there is: each makes its own virtual environment in .venv first.
+#   PYTHON=python3.12 another interpreter     VENV=DIR another environment
+#   PYTEST_ARGS='-k walk' a part of the tests; WSSS_CUDA, WSSS_CUDA_ARCHS, CXX: see setup.py
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+VENV_PYTHON := $(BIN)/python
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export PATH := $(BIN):$(PATH)
+
+NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+# What the engine promises without its compiled module; the models are on top of it.
+ENGINE_TESTS = $(wildcard tests/test_*.py)
+# PyTorch without CUDA is a tenth of the download. Asked only where it helps and pip was not told where to look.
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench build clean
+
+help:
+	@echo "make demo    build, refine photographs, print the path of the picture"
+	@echo "make test    build, run every test with the compiled module and the engine's without it"
+	@echo "make lint    ruff, mypy, clang-format"
+	@echo "make bench   the speed table"
+	@echo "make build   compile again and say what this installation runs"
+	@echo "make clean   remove what was built (the packages in $(VENV) stay)"
+
+demo: $(VENV)/.with-demo
+	@$(BIN)/wsss demo
+
+test: $(VENV)/.with-test
+	WSSS_REQUIRE_NATIVE=1 $(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	@echo "Once more with the compiled module hidden: the references carry the engine alone."
+	WSSS_DISABLE_NATIVE=1 $(VENV_PYTHON) -m pytest -q $(PYTEST_ARGS) $(ENGINE_TESTS)
+
+lint: $(VENV)/.with-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(shell find csrc -type f)
+
+bench: $(VENV)/.with-bench
+	WSSS_REQUIRE_NATIVE=1 $(VENV_PYTHON) -m benchmarks
+
+build: $(VENV)/.torch
+	$(PIP_INSTALL) --no-build-isolation -e .
+	@$(VENV_PYTHON) -m wsss_kernels
+
+clean:
+	rm -rf build dist *.egg-info wsss_kernels/_C.*.so $(VENV)/.with-*
+
+# Editable, so only the compiled part has to follow its sources.
+$(VENV)/.with-%: $(VENV)/.torch $(NATIVE_SOURCES)
+	@echo "Building wsss-kernels and installing what 'make $*' needs"
+	@$(PIP_INSTALL) --no-build-isolation -e '.[$*]'
+	@touch $@
+
+# torch before everything else: what is installed later finds it there and pulls no other.
+$(VENV)/.torch: $(VENV)/.python constraints.txt
+	@echo "Installing PyTorch and the build tools into $(VENV)"
+	@$(PIP_INSTALL) --upgrade pip
+	@index=; \
+	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! command -v rocm-smi >/dev/null \
+	   && ! $(VENV_PYTHON) -m pip config list | grep -Eq 'index-url|find-links|no-index' \
+	   && $(VENV_PYTHON) -c 'import urllib.request as u; u.urlopen("$(CPU_TORCH)/torch/", timeout=5)' 2>/dev/null; \
+	then index='--extra-index-url $(CPU_TORCH)'; fi; \
+	$(PIP_INSTALL) $$index 'torch>=2.8' numpy setuptools wheel pybind11 cmake ninja
+	@touch $@
+
+$(VENV)/.python:
+	@command -v $(PYTHON) >/dev/null \
+	|| { echo "$(PYTHON) was not found: name an interpreter with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	|| { echo "Python 3.10 or newer is needed, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+	|| { echo "Python's venv module is missing. Debian, Ubuntu: apt-get install python3-venv   Fedora: dnf install python3-pip" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' \
+	|| { echo "Python's C headers are missing. Debian, Ubuntu: apt-get install python3-dev   Fedora: dnf install python3-devel" >&2; exit 1; }
+	@for compiler in "$$CXX" c++ g++ clang++; do command -v $$compiler >/dev/null 2>&1 && exit 0; done; \
+	echo "No C++ compiler was found. Debian, Ubuntu: apt-get install g++   Fedora: dnf install gcc-c++" >&2; exit 1
+	@echo "Making the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
