@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
 VENV_PYTHON := $(BIN)/python
-PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 export PATH := $(BIN):$(PATH)
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
@@ -55,6 +55,7 @@ clean:
 $(VENV)/.with-%: $(VENV)/.torch $(NATIVE_SOURCES)
 	@echo "Building wsss-kernels and installing what 'make $*' needs"
 	@$(PIP_INSTALL) --no-build-isolation -e '.[$*]'
+	@$(VENV_PYTHON) -m wsss_kernels | sed -n 1,6p
 	@touch $@
 
 # torch before everything else: what is installed later finds it there and pulls no other.
@@ -63,7 +64,7 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 	@$(PIP_INSTALL) --upgrade pip
 	@index=; \
 	if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && ! command -v rocm-smi >/dev/null \
-	   && ! $(VENV_PYTHON) -m pip config list | grep -Eq 'index-url|find-links|no-index' \
+	   && ! $(VENV_PYTHON) -m pip config list | grep -E 'index-url|find-links|no-index' >/dev/null \
 	   && $(VENV_PYTHON) -c 'import urllib.request as u; u.urlopen("$(CPU_TORCH)/torch/", timeout=5)' 2>/dev/null; \
 	then index='--extra-index-url $(CPU_TORCH)'; fi; \
 	$(PIP_INSTALL) $$index 'torch>=2.8' numpy setuptools wheel pybind11 cmake ninja
@@ -78,7 +79,7 @@ $(VENV)/.python:
 	|| { echo "Python's venv module is missing. Debian, Ubuntu: apt-get install python3-venv   Fedora: dnf install python3-pip" >&2; exit 1; }
 	@$(PYTHON) -c 'import os, sys, sysconfig as s; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' \
 	|| { echo "Python's C headers are missing. Debian, Ubuntu: apt-get install python3-dev   Fedora: dnf install python3-devel" >&2; exit 1; }
-	@for compiler in "$$CXX" c++ g++ clang++; do command -v $$compiler >/dev/null 2>&1 && exit 0; done; \
+	@for compiler in "$${CXX:-c++}" c++ g++ clang++; do command -v "$$compiler" >/dev/null 2>&1 && exit 0; done; \
 	echo "No C++ compiler was found. Debian, Ubuntu: apt-get install g++   Fedora: dnf install gcc-c++" >&2; exit 1
 	@echo "Making the virtual environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV)

@@ -30,9 +30,9 @@ def info() -> dict[str, Any]:
           None), "torch" (the CUDA version of torch or None), "devices" (how many the driver offers), "because" (why
           there is none; empty where there is one)
         * "triton": version or None; "no_triton_because"
-        * "ops": op -> device ("cpu", "cuda") -> direction ("forward", "backward") -> {"kernel", "because"}, where kernel
-          is "native" (compiled, CPU), "cuda" (compiled, GPU), "triton" or "reference", and because says why it is not
-          the fastest (empty where it is). kernel is None where an op has no kernel for a direction by design.
+        * "ops": op -> device ("cpu", "cuda") -> direction ("forward", "backward") -> {"kernel", "because"}: kernel is
+          "native" (compiled, CPU), "cuda" (compiled, GPU), "triton" or "reference", because says why it is not the
+          fastest (empty where it is). kernel is None where an op has no kernel for a direction by design.
 
         float64 tensors run the reference whatever this says.
 

@@ -59,7 +59,9 @@ def overlay_label(picture: np.ndarray, label: np.ndarray, colours: Sequence[Colo
     return _to_uint8(out)
 
 
-def sheet(title: str, columns: Sequence[str], rows: Sequence[Row], footer: Sequence[str] = (), *, width: int = 320) -> Image.Image:
+def sheet(
+    title: str, columns: Sequence[str], rows: Sequence[Row], footer: Sequence[str] = (), *, width: int = 320
+) -> Image.Image:
     """A page of panels: one column a step, one row a picture.
 
     Args:
@@ -78,7 +80,8 @@ def sheet(title: str, columns: Sequence[str], rows: Sequence[Row], footer: Seque
     foot = [line for text in footer for line in _wrapped(text, small, total - 2 * _MARGIN)]
     heights = [max(round(width * p.shape[0] / p.shape[1]) for p in row.panels) for row in rows]
     heads = [30 + 20 * len(lines) for lines in notes]
-    page = Image.new("RGB", (total, 96 + sum(heights) + sum(heads) + _MARGIN * len(rows) + 20 * len(foot) + _MARGIN), _PAPER)
+    height = 96 + sum(heights) + sum(heads) + _MARGIN * (len(rows) + 1) + 20 * len(foot)
+    page = Image.new("RGB", (total, height), _PAPER)
     draw = ImageDraw.Draw(page)
     draw.text((_MARGIN, 12), title, fill=_INK, font=big)
     for i, column in enumerate(columns):

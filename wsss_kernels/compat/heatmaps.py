@@ -40,9 +40,10 @@ def refine_numpy(grayscale_cam: np.ndarray, rgb: np.ndarray, **options: Any) -> 
     if cams.ndim not in (2, 3):
         raise ValueError(f"grayscale_cam must be [B, H, W] or [H, W], got shape {cams.shape}")
     if not np.isfinite(cams).all():
-        raise ValueError(f"grayscale_cam must be finite, got {np.count_nonzero(~np.isfinite(cams))} NaN or infinite values")
+        wrong = np.count_nonzero(~np.isfinite(cams))
+        raise ValueError(f"grayscale_cam must be finite, got {wrong} NaN or infinite values")
     picture = _picture(rgb)
-    batch = cams.reshape(-1, *cams.shape[-2:])
+    batch = cams if cams.ndim == 3 else cams[None]
     if picture.shape[0] not in (1, len(batch)):
         raise ValueError(f"rgb must be one picture or {len(batch)}, one for each map, got {picture.shape[0]}")
     maps = torch.from_numpy(np.clip(batch, 0, None).astype(np.float32))
@@ -71,7 +72,7 @@ def _picture(rgb: object) -> torch.Tensor:
         low, high = (float(array.min()), float(array.max())) if array.size else (0.0, 0.0)
         if not (low >= 0 and high <= 255):
             raise ValueError(
-                f"rgb must be in 0..1 or 0..255, got {low:g}..{high:g} (the picture before mean and deviation are taken off)"
+                f"rgb must be in 0..1 or 0..255, got {low:g}..{high:g} (the picture before its normalisation)"
             )
         array = array.astype(np.float32) * (255 if high <= 1 else 1)
     pictures = array if array.ndim == 4 else array[None]

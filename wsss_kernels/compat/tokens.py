@@ -43,14 +43,15 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, int], *, prefix: int | None =
         prefix = count - patches
         if not 0 <= prefix <= _MOST_PREFIX:
             raise ValueError(
-                f"tokens must hold h w = {height} x {width} = {patches} patches after at most {_MOST_PREFIX} prefix tokens, "
-                f"got {count}: is the grid (picture height // patch size, picture width // patch size)?"
+                f"tokens must hold h w = {height} x {width} = {patches} patches after at most {_MOST_PREFIX} prefix "
+                f"tokens, got {count}: is the grid (picture height // patch size, picture width // patch size)?"
             )
     elif not _is_whole(prefix):
         raise TypeError(f"prefix must be a whole number or None, got {prefix!r}")
     if prefix < 0 or count != prefix + patches:
-        raise ValueError(f"tokens must be prefix + h w = {prefix} + {height} x {width} = {prefix + patches}, got {count}")
-    return tokens[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
+        wanted = f"{prefix} + {height} x {width} = {prefix + patches}"
+        raise ValueError(f"tokens must be prefix + h w = {wanted}, got {count}")
+    return tokens[:, prefix:].unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 def _is_whole(value: object) -> bool:

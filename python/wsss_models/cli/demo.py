@@ -44,7 +44,7 @@ class Result:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", type=Path, default=Path("wsss_demo.png"), metavar="FILE", help="where the picture goes (wsss_demo.png)")
+    add("--out", type=Path, default=Path("wsss_demo.png"), metavar="FILE", help="the picture to write (wsss_demo.png)")
     add("--image", type=Path, metavar="FILE", help="a picture of your own, with --point")
     add("--point", action="append", type=_point, metavar="X,Y",
         help="a click on the object, in pixels from the left and the top; may be given several times")  # fmt: skip
@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out.is_dir():
         raise UsageError(f"--out must be a file, got the folder {shown(arguments.out)}")
     try:
-        page = _photographs(arguments.no_dense) if arguments.image is None else _clicks(arguments.image, arguments.point)
+        own = arguments.image is not None
+        page = _clicks(arguments.image, arguments.point) if own else _photographs(not arguments.no_dense)
         buffer = io.BytesIO()
         page.save(buffer, "PNG")
         write_atomically(arguments.out, buffer.getvalue())
@@ -68,12 +69,13 @@ def run(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _photographs(no_dense: bool) -> Image.Image:
+def _photographs(compare: bool) -> Image.Image:
     from skimage import data  # the extra [demo]; --image does without it
 
-    print(f'Six objects, strokes by hand ({BRUSH} pixels wide), seen as a CAM would show them: cells of {STRIDE} pixels, '
-          f"blurred by {BLUR:g} cell.\n"
-          'Every photograph, with the defaults: refine_cams(seed, photograph, method="image"), labels_from_maps(maps)\n')  # fmt: skip
+    print(f"{len(SCENES)} objects; strokes by hand ({BRUSH} pixels wide), seen as a CAM shows them: cells of {STRIDE}")
+    print(f"pixels, blurred by {BLUR:g} cell. The same for every photograph, with the defaults:")
+    print('maps = refine_cams(seed, photograph, method="image"); label = labels_from_maps(maps)')
+    print()
     print(f"{'object':<24}{'photograph':>12}{'strokes':>16}{'refine':>11}{'label':>10}")
     rows = []
     for scene in SCENES:
@@ -88,8 +90,10 @@ def _photographs(no_dense: bool) -> Image.Image:
     print("\nPhotographs, bundled with scikit-image:")
     for name, credit in CREDITS.items():
         print(f"  {name}: {credit}")
-    footer = [f"wsss-kernels {wk.__version__}; strokes of {BRUSH} pixels, shown as a CAM of stride {STRIDE}; same arguments everywhere."]
-    if not no_dense:
+    footer = [
+        f"wsss-kernels {wk.__version__}; strokes of {BRUSH} pixels as a CAM of stride {STRIDE}; defaults everywhere."
+    ]
+    if compare:
         line = _against_dense(_rgb(data.coffee()))
         print(f"\n{line}")
         footer.append(line)
@@ -113,8 +117,8 @@ def _clicks(path: Path, points: Sequence[tuple[float, float]]) -> Image.Image:
 
 def _refine(photograph: np.ndarray, seed: Tensor, scene: Scene) -> Result:
     picture = torch.from_numpy(photograph).permute(2, 0, 1)
-    maps, refine_seconds = _timed(lambda: wk.refine_cams(seed, picture, method="image", size="feats"))
-    label, label_seconds = _timed(lambda: wk.labels_from_maps(maps))
+    maps, refine_seconds = _timed(lambda: _refined(seed, picture))
+    label, label_seconds = _timed(lambda: torch.as_tensor(wk.labels_from_maps(maps)))
     size = photograph.shape[:2]
     coarse = F.interpolate(seed[None], size, mode="bilinear", align_corners=False)[0]
     panels = (
@@ -125,6 +129,12 @@ def _refine(photograph: np.ndarray, seed: Tensor, scene: Scene) -> Result:
     )
     row = Row(scene.thing, scene.note, panels)
     return Result(row, refine_seconds, label_seconds, float((label > 0).float().mean()))
+
+
+def _refined(seed: Tensor, picture: Tensor) -> Tensor:
+    maps = wk.refine_cams(seed, picture, method="image", size="feats")
+    assert isinstance(maps, Tensor)
+    return maps
 
 
 def draw_strokes(strokes: Sequence[Stroke], size: tuple[int, int], brush: int = BRUSH) -> np.ndarray:
@@ -141,11 +151,13 @@ def draw_strokes(strokes: Sequence[Stroke], size: tuple[int, int], brush: int = 
 def stroke_seed(drawn: np.ndarray) -> Tensor:
     """[H, W] bool -> [1, ceil(H / STRIDE), ceil(W / STRIDE)], peak 1: covered share of each cell, blurred by BLUR."""
     height, width = drawn.shape
-    cells = F.adaptive_avg_pool2d(torch.from_numpy(drawn)[None, None].float(), (-(-height // STRIDE), -(-width // STRIDE)))
+    grid = (-(-height // STRIDE), -(-width // STRIDE))
+    cells = F.adaptive_avg_pool2d(torch.from_numpy(drawn)[None, None].float(), grid)
     reach = int(3 * BLUR)
     taps = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / (2 * BLUR**2))
     taps = taps / taps.sum()
-    blurred = F.conv2d(F.conv2d(cells, taps.view(1, 1, 1, -1), padding=(0, reach)), taps.view(1, 1, -1, 1), padding=(reach, 0))
+    across = F.conv2d(cells, taps.view(1, 1, 1, -1), padding=(0, reach))
+    blurred = F.conv2d(across, taps.view(1, 1, -1, 1), padding=(reach, 0))
     return blurred[0] / blurred.max().clamp_min(1e-12)
 
 
@@ -183,8 +195,7 @@ def _against_dense(photograph: np.ndarray) -> str:
 
     picture = torch.from_numpy(photograph).permute(2, 0, 1)[None]
     affinity = wk.local_affinity(walk_features(picture, DENSE_GRID))
-    seed = torch.zeros(1, 2, *DENSE_GRID)
-    seed[0, 0, 15:30, 25:40], seed[0, 1, 30:40, 10:20] = 1, 1
+    seed = torch.rand(1, 2, *DENSE_GRID, generator=torch.Generator().manual_seed(0))
     dense, dense_seconds = _timed(lambda: dense_walk(seed, affinity), repeats=1)
     ours, seconds = _timed(lambda: wk.random_walk(seed, affinity, steps=256), repeats=20)
     error = float((ours - dense).abs().max())
@@ -194,7 +205,7 @@ def _against_dense(photograph: np.ndarray) -> str:
         return f"{where}: random_walk differs from the dense walk by {error:.1e}; no time is compared"
     return (
         f"{where}: random_walk {1e3 * seconds:.2f} ms, published dense matrix with 8 squarings in torch "
-        f"{1e3 * dense_seconds:.0f} ms: {dense_seconds / seconds:,.0f} times faster; largest difference {error:.0e} of 1."
+        f"{1e3 * dense_seconds:.0f} ms: {dense_seconds / seconds:,.0f} times faster; largest difference {error:.0e}."
     )
 
 
@@ -209,7 +220,8 @@ def _timed(call: Callable[[], T], repeats: int = 3) -> tuple[T, float]:
 
 
 def _rgb(photograph: np.ndarray) -> np.ndarray:
-    return np.repeat(photograph[..., None], 3, axis=2) if photograph.ndim == 2 else np.ascontiguousarray(photograph[..., :3])
+    colours = photograph[..., None].repeat(3, axis=2) if photograph.ndim == 2 else photograph[..., :3]
+    return np.ascontiguousarray(colours)
 
 
 def _point(text: str) -> tuple[float, float]:

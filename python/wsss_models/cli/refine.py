@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import time
 import warnings
 from collections import deque
@@ -13,102 +12,73 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 import wsss_kernels as wk
 from wsss_models.cli.main import DONE, SOME_FAILED, UsageError
 from wsss_models.cli.progress import Progress
+from wsss_models.cli.refine_jobs import Item, Job, Refined, Settings, read, refine_together, write
 from wsss_models.data import files
-from wsss_models.data.artefacts import FileError, npz_settings, png_settings, remove_stale, shown
+from wsss_models.data.artefacts import remove_stale, shown
 from wsss_models.data.folder import inside, list_files, parse_shard, read_ids, shard
 
-_FORMAT = 1  # of what is written: raised when the same settings give other files
+A = TypeVar("A")
+B = TypeVar("B")
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What decides the result; everything else is only about how it is computed."""
-
-    method: tuple[str, ...]
-    uses_features: bool
-    background: float | str
-    size: str | tuple[int, int]  # "image", "cams" or (height, width)
-
-    def text(self, inputs: list[str]) -> str:
-        """Kept in every file written: the same text means the file need not be made again."""
-        values = {
-            "format": _FORMAT,
-            "version": wk.__version__,
-            "method": self.method,
-            "features": self.uses_features,
-            "background": self.background,
-            "size": self.size,
-            "inputs": inputs,
-        }
-        return json.dumps(values, sort_keys=True)
-
-
-@dataclass(frozen=True)
-class Job:
-    name: str
-    picture: Path
-    cams: Path
-    feats: Path | None
-    label: Path
-    maps: Path | None
-    settings: str
-
-    def is_done(self) -> bool:
-        """Complete, undamaged, and made from these inputs with these settings."""
-        if png_settings(self.label) != self.settings:
-            return False
-        return self.maps is None or npz_settings(self.maps) == self.settings
-
-
-@dataclass
-class Item:
-    job: Job
-    picture: Tensor  # [3, H, W] uint8
-    class_ids: np.ndarray  # [k] int64
-    cams: Tensor  # [k, h, w] float32
-    feats: Tensor | None  # [D, h', w'] float32
-
-
-class DiskFull(Exception):
+class DiskFullError(Exception):
     pass
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--images", type=Path, required=True, metavar="DIR", help="pictures, sub-folders too; EXIF rotation is applied")
-    add("--cams", type=Path, required=True, metavar="DIR",
-        help="one .npz a picture: class_ids int [k] (1..254), cams float [k, h, w], any stride, upright as the picture")  # fmt: skip
+    add(
+        "--cams",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="one .npz a picture: class_ids int [k] (1..254), cams float [k, h, w], upright as the picture",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="label PNGs (VOC palette) go here")
-    add("--method", metavar="NAME[,NAME]", help='refinement, or several in turn; default: "affinity" with --feats, else "image"')
-    add("--feats", type=Path, metavar="DIR",
-        help='features of any network, one .npy or .npz [D, h, w] a picture: method "affinity" with the picture as guide')  # fmt: skip
-    add("--maps", nargs="?", type=Path, const=Path(), metavar="DIR",
-        help="also write the refined maps (.npz, half precision), here or, without DIR, beside the labels")  # fmt: skip
-    add("--background", default="auto", metavar="auto|T",
-        help="score up to which a pixel is background, as a share of the picture's maximum; auto: found per picture")  # fmt: skip
+    add("--method", metavar="NAME[,NAME]", help='or several in turn; default: "affinity" with --feats, else "image"')
+    add(
+        "--feats",
+        type=Path,
+        metavar="DIR",
+        help='one .npy or .npz a picture, [D, h, w], any network: method "affinity" with the picture as guide',
+    )
+    add(
+        "--maps",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="DIR",
+        help="also write the refined maps (.npz, half precision), here or, without DIR, beside the labels",
+    )
+    add(
+        "--background",
+        default="auto",
+        metavar="auto|T",
+        help="score up to which a pixel is background, as a share of the picture's maximum; auto: found per picture",
+    )
     add("--size", default="image", metavar="image|cams|HxW", help="of the labels; default: the picture's")
     add("--num-classes", type=int, default=files.MAX_CLASS_ID, metavar="N", help="refuse class ids above N")
     add("--ids", type=Path, metavar="FILE", help="refine only these: one id (path without suffix) a line")
     add("--shard", default="0/1", metavar="i/n", help="refine every n-th picture from the i-th on, i = 0..n-1")
     add("--device", default="cpu", metavar="cpu|cuda")
-    add("--batch", type=int, default=8, metavar="N", help="pictures refined together on a GPU and read ahead; changes no result")
+    add("--batch", type=int, default=8, metavar="N", help="pictures at a time (on a CPU: read ahead)")
     add("--workers", type=int, default=2, metavar="N", help="threads that read and write files")
     add("--strict", action="store_true", help="stop at the first picture that fails instead of finishing the rest")
 
 
 def run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
-    index, count = _usage(parse_shard, arguments.shard)
+    index, count = _or_usage_error(parse_shard, arguments.shard)
     device = _device(arguments.device)
     for name in ("batch", "workers", "num_classes"):
         if getattr(arguments, name) < 1:
@@ -119,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     start = time.monotonic()
     pictures = list_files(arguments.images, files.PICTURE_SUFFIXES)
-    names = list(pictures) if arguments.ids is None else _usage(read_ids, arguments.ids)
+    names = list(pictures) if arguments.ids is None else _or_usage_error(read_ids, arguments.ids)
     names = shard(names, index, count)
     try:
         for root in {arguments.out, maps_root} - {None}:
@@ -132,20 +102,21 @@ def run(arguments: argparse.Namespace) -> int:
     tally = Tally()
     with Progress(len(names)) as progress, ThreadPoolExecutor(arguments.workers) as pool:
         failed = Failures(progress, arguments.strict, tally)
+        writes: deque[tuple[Job, Future[None]]] = deque()
         try:
             jobs = _jobs(names, pictures, arguments, maps_root, settings, failed, tally)
-            items = _prefetched(pool, jobs, lambda job: _read(job, arguments.num_classes), 2 * arguments.batch, failed)
-            writes: deque[tuple[Job, Future[None]]] = deque()
+            items = _prefetched(pool, jobs, lambda job: read(job, arguments.num_classes), 2 * arguments.batch, failed)
             for batch in _batches(items, arguments.batch if device.type != "cpu" else 1):
                 for job, label, maps, class_ids in _refine(batch, settings, device, failed):
-                    writes.append((job, pool.submit(_write, job, label, maps, class_ids)))
+                    writes.append((job, pool.submit(write, job, label, maps, class_ids)))
                 while len(writes) > 2 * arguments.batch:
                     _finish(writes.popleft(), failed, tally)
             while writes:
                 _finish(writes.popleft(), failed, tally)
-        except StopAtFirst:
+        except StrictError:
             progress.say("stopped at the first failure (--strict)")
-        except DiskFull as error:
+            tally.written += sum(future.exception() is None for _, future in writes)
+        except DiskFullError as error:
             pool.shutdown(cancel_futures=True)
             progress.say(f"error: {error}. What is finished is kept: make room, then run the same command again.")
             tally.failed += 1
@@ -164,7 +135,7 @@ class Tally:
         return f"{self.written} written{kept}, {self.failed} failed"
 
 
-class StopAtFirst(Exception):
+class StrictError(Exception):
     pass
 
 
@@ -179,10 +150,10 @@ class Failures:
         self.progress.add()
         self.progress.say(f"failed: {shown(name)}: {reason}")
         if self._strict:
-            raise StopAtFirst
+            raise StrictError
 
 
-def _usage(parse: Callable, value: object) -> object:
+def _or_usage_error(parse: Callable[[A], B], value: A) -> B:
     try:
         return parse(value)
     except ValueError as error:
@@ -191,7 +162,7 @@ def _usage(parse: Callable, value: object) -> object:
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     default = "image" if arguments.feats is None else "affinity"
-    method = tuple(word.strip() for word in (arguments.method or default).split(","))
+    method = tuple(word.strip() for word in (default if arguments.method is None else arguments.method).split(","))
     on_features = "affinity" in method
     if on_features and arguments.feats is None:
         raise UsageError('method "affinity" needs --feats DIR; for pictures alone use --method image')
@@ -246,7 +217,9 @@ def _folders(arguments: argparse.Namespace) -> Path | None:
 
 
 def _announcement(settings: Settings, count: int, device: torch.device) -> str:
-    why = "--feats given; the picture is the guide" if settings.uses_features else "on the pictures' own colours, no --feats given"
+    why = "on the pictures' own colours, no --feats given"
+    if settings.uses_features:
+        why = "--feats given; the picture is the guide"
     return f"{count} pictures, method {', then '.join(settings.method)} ({why}), on {device}"
 
 
@@ -287,13 +260,6 @@ def _jobs(
             yield job
 
 
-def _read(job: Job, num_classes: int) -> Item:
-    class_ids, cams = files.read_maps(job.cams, num_classes=num_classes)
-    feats = None if job.feats is None else torch.from_numpy(files.read_features(job.feats))
-    picture = torch.from_numpy(files.read_picture(job.picture)).permute(2, 0, 1)
-    return Item(job, picture, class_ids, torch.from_numpy(cams), feats)
-
-
 def _prefetched(
     pool: ThreadPoolExecutor, jobs: Iterator[Job], read: Callable[[Job], Item], depth: int, failed: Failures
 ) -> Iterator[Item]:
@@ -306,8 +272,8 @@ def _prefetched(
         job, future = waiting.popleft()
         try:
             item = future.result()
-        except (FileError, OSError, MemoryError) as error:
-            failed(job.name, error if str(error) else "not enough memory")
+        except (ValueError, OSError, MemoryError) as error:
+            failed(job.name, str(error) or "not enough memory")
         else:
             yield item
 
@@ -318,62 +284,15 @@ def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-Refined = tuple[Job, np.ndarray, np.ndarray, np.ndarray]  # label [H, W] uint8, maps [k, H, W] float32, class_ids [k]
-
-
 def _refine(batch: list[Item], settings: Settings, device: torch.device, failed: Failures) -> list[Refined]:
     """The whole batch at once; where that fails, one by one to find the culprit."""
     try:
-        return _refine_together(batch, settings, device)
+        return refine_together(batch, settings, device)
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         if len(batch) == 1:
             failed(batch[0].job.name, str(error) or "not enough memory")
             return []
     return [refined for item in batch for refined in _refine([item], settings, device, failed)]
-
-
-@torch.inference_mode()
-def _refine_together(batch: list[Item], settings: Settings, device: torch.device) -> list[Refined]:
-    done: list[Refined] = []
-    with_classes = []
-    for item in batch:
-        if len(item.class_ids):
-            with_classes.append(item)
-        else:  # no class: background everywhere
-            height, width = _label_size(item, settings.size)
-            empty = np.zeros((0, height, width), dtype=np.float32)
-            done.append((item.job, np.zeros((height, width), dtype=np.uint8), empty, item.class_ids))
-    if not with_classes:
-        return done
-    pictures = [item.picture.to(device) for item in with_classes]
-    if settings.uses_features:
-        feats, guide = [item.feats.to(device) for item in with_classes], pictures  # type: ignore[union-attr]
-        size = {"image": "guide", "cams": None}.get(settings.size, settings.size)  # type: ignore[arg-type]
-    else:
-        feats, guide = pictures, None
-        size = {"image": "feats", "cams": None}.get(settings.size, settings.size)  # type: ignore[arg-type]
-    method = settings.method if len(settings.method) > 1 else settings.method[0]
-    cams = [item.cams.to(device) for item in with_classes]
-    maps = wk.refine_cams(cams, feats, method=method, guide=guide, size=size)
-    ids = [item.class_ids.tolist() for item in with_classes]
-    labels = wk.labels_from_maps(maps, background=settings.background, class_ids=ids)
-    for item, m, label in zip(with_classes, maps, labels, strict=True):
-        done.append((item.job, label.to(torch.uint8).cpu().numpy(), m.cpu().numpy(), item.class_ids))
-    return done
-
-
-def _label_size(item: Item, size: str | tuple[int, int]) -> tuple[int, int]:
-    if isinstance(size, tuple):
-        return size
-    given = item.cams.shape[-2:]
-    return tuple(given) if size == "cams" and 0 not in given else tuple(item.picture.shape[-2:])  # type: ignore[return-value]
-
-
-def _write(job: Job, label: np.ndarray, maps: np.ndarray, class_ids: np.ndarray) -> None:
-    """The label last: it tells that the picture is done."""
-    if job.maps is not None:
-        files.write_maps(job.maps, class_ids, maps, settings=job.settings)
-    files.write_label(job.label, label, settings=job.settings)
 
 
 def _finish(write: tuple[Job, Future[None]], failed: Failures, tally: Tally) -> None:
@@ -382,12 +301,10 @@ def _finish(write: tuple[Job, Future[None]], failed: Failures, tally: Tally) -> 
         future.result()
     except OSError as error:
         if error.errno in _FULL:
-            raise DiskFull(f"the disk is full ({error.strerror}) at {shown(job.label)}") from None
+            raise DiskFullError(f"the disk is full ({error.strerror}) at {shown(job.label)}") from None
         failed(job.name, error)
     except (ValueError, MemoryError) as error:
         failed(job.name, str(error) or "not enough memory")
     else:
         tally.written += 1
         failed.progress.add()
-
-

@@ -28,7 +28,7 @@ def check_id(name: str) -> str:
         or (len(parts[0]) > 1 and parts[0][1] == ":")
         or any(part != part.strip() for part in parts)
     ):
-        raise ValueError(f"{contract}, got {ascii(name)}")
+        raise ValueError(f"{contract}, got {name!a}")
     return name
 
 
@@ -76,7 +76,7 @@ def read_ids(path: Path) -> list[str]:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """"i/n" -> (i, n), 0 <= i < n.
+    """ "i/n" -> (i, n), 0 <= i < n.
 
     Example:
         >>> parse_shard("0/4")

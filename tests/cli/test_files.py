@@ -1,0 +1,445 @@
+"""Files: odd pictures, odd maps, safe names, atomic writes."""
+
+import errno
+import io
+import os
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL")
+import contextlib
+
+from PIL import Image
+from wsss_models.data import artefacts, files, folder
+from wsss_models.data.artefacts import FileError
+from wsss_models.data.palette import voc_palette
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)
+
+
+def saved(path: Path, image: Image.Image, **options) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def png_claiming(width: int, height: int) -> bytes:
+    """A tiny file that would unpack to width x height."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+# --- pictures that are read -------------------------------------------------------------------------------------------
+
+
+def test_rgb_png_is_read_as_it_is(tmp_path):
+    picture = files.read_picture(saved(tmp_path / "a.png", Image.fromarray(RGB)))
+    assert picture.dtype == np.uint8
+    assert np.array_equal(picture, RGB)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "YCbCr"])
+def test_other_modes_become_rgb(tmp_path, mode):
+    image = Image.fromarray(RGB).convert(mode)
+    suffix = ".tif" if mode in ("CMYK", "YCbCr") else ".png"
+    picture = files.read_picture(saved(tmp_path / f"a{suffix}", image))
+    assert np.array_equal(picture, np.array(image.convert("RGB")))
+
+
+def test_cmyk_jpeg(tmp_path):
+    image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # red
+    picture = files.read_picture(saved(tmp_path / "a.jpg", image))
+    assert picture.shape == (8, 8, 3)
+    assert picture[4, 4, 0] > 200
+    assert picture[4, 4, 1:].max() < 60
+
+
+def test_alpha_is_dropped_and_the_colour_stays(tmp_path):
+    rgba = np.dstack([RGB, np.zeros((6, 9), dtype=np.uint8)])  # fully transparent
+    assert np.array_equal(files.read_picture(saved(tmp_path / "a.png", Image.fromarray(rgba))), RGB)
+
+
+def test_palette_with_transparency(tmp_path):
+    image = Image.fromarray(RGB).quantize(8)
+    expected = np.array(image.convert("RGB"))
+    path = saved(tmp_path / "a.png", image, transparency=bytes([0, 128] + [255] * 6))
+    assert np.array_equal(files.read_picture(path), expected)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_grey_by_hand(tmp_path, suffix):
+    values = np.array([[0, 257, 65535, 128, 129]], dtype=np.uint16)  # 128 / 257 rounds down, 129 / 257 up
+    picture = files.read_picture(saved(tmp_path / f"a{suffix}", Image.fromarray(values)))
+    assert picture.tolist() == [[[v] * 3 for v in (0, 1, 255, 0, 1)]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(tmp_path, orientation):
+    upright = np.zeros((16, 24, 3), dtype=np.uint8)
+    upright[:8, :8] = 255  # the top left corner is white, whatever way the camera was held
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.transpose(1, 0, 2), 6: np.rot90(upright, 1), 7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path / "a.png", Image.fromarray(np.ascontiguousarray(stored)), exif=exif)
+    assert np.array_equal(files.read_picture(path), upright)
+
+
+def test_1x1_animation_and_wrong_suffix(tmp_path):
+    assert files.read_picture(saved(tmp_path / "a.png", Image.new("RGB", (1, 1), (1, 2, 3)))).tolist() == [[[1, 2, 3]]]
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert files.read_picture(tmp_path / "a.gif")[0, 0].tolist() == [255, 0, 0]
+    saved(tmp_path / "b.png", Image.fromarray(RGB)).rename(tmp_path / "b.jpg")
+    assert np.array_equal(files.read_picture(tmp_path / "b.jpg"), RGB)
+
+
+def test_damaged_exif_does_not_lose_the_picture(tmp_path):
+    path = saved(tmp_path / "a.jpg", Image.fromarray(RGB), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff\x01\x12")
+    assert files.read_picture(path).shape == RGB.shape
+
+
+# --- pictures that are refused ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's own warning about the size
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"hello", "no picture of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no picture of a known format"),
+        (png_claiming(20_000, 20_000), "at most 89,000,000 pixels"),
+        (png_claiming(10_000, 9_500), "at most 89,000,000 pixels, got 10000 x 9500"),
+        (png_claiming(300, 300), ""),  # ends too early
+        (png_claiming(0, 5), ""),
+    ],
+)
+def test_refused_pictures_name_file_and_reason(tmp_path, content, reason):
+    path = tmp_path / "bad.png"
+    path.write_bytes(content)
+    with pytest.raises(FileError, match=r"bad\.png: .+") as caught:
+        files.read_picture(path)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "GIF"])
+def test_files_cut_short_are_refused(tmp_path, kind):
+    buffer = io.BytesIO()
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, kind)
+    for share in (0.3, 0.6, 0.9):
+        path = tmp_path / f"{share}.img"
+        path.write_bytes(buffer.getvalue()[: int(share * len(buffer.getvalue()))])
+        with pytest.raises(FileError, match=r"\.img: "):
+            files.read_picture(path)
+
+
+def test_flipped_bytes_give_a_picture_or_a_file_error(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(RGB).save(buffer, "PNG")
+    for at in range(len(buffer.getvalue())):
+        data = bytearray(buffer.getvalue())
+        data[at] ^= 0xFF
+        (tmp_path / "a.png").write_bytes(data)
+        with contextlib.suppress(FileError):
+            assert files.read_picture(tmp_path / "a.png").dtype == np.uint8
+
+
+def test_float_tiff_missing_file_and_folder(tmp_path):
+    path = saved(tmp_path / "a.tif", Image.fromarray(np.linspace(-1, 1, 12, dtype=np.float32).reshape(3, 4)))
+    with pytest.raises(FileError, match="8 or 16 bits"):
+        files.read_picture(path)
+    with pytest.raises(FileError, match="No such file"):
+        files.read_picture(tmp_path / "none.png")
+    with pytest.raises(FileError, match="directory"):
+        files.read_picture(tmp_path)
+
+
+# --- maps and features ------------------------------------------------------------------------------------------------
+
+
+def test_maps_come_back(tmp_path):
+    cams = RNG.random((2, 5, 7)).astype(np.float32)
+    np.savez(tmp_path / "a.npz", class_ids=np.array([20, 3], dtype=np.uint8), cams=cams.astype(np.float64))
+    class_ids, read = files.read_maps(tmp_path / "a.npz")
+    assert class_ids.dtype == np.int64
+    assert class_ids.tolist() == [20, 3]
+    assert read.dtype == np.float32
+    assert np.array_equal(read, cams)
+    files.write_maps(tmp_path / "b.npz", class_ids, read, settings="s")
+    assert np.array_equal(files.read_maps(tmp_path / "b.npz")[1], cams.astype(np.float16))
+    assert artefacts.npz_settings(tmp_path / "b.npz") == "s"
+
+
+@pytest.mark.parametrize("cams", [np.zeros((0, 5, 7)), np.zeros(0), np.zeros((0, 0, 0), dtype=np.float16)])
+def test_no_class_is_valid(tmp_path, cams):
+    np.savez(tmp_path / "a.npz", class_ids=np.array([]), cams=cams)
+    class_ids, read = files.read_maps(tmp_path / "a.npz")
+    assert class_ids.shape == (0,)
+    assert read.shape[0] == 0
+    assert read.ndim == 3
+
+
+BAD_MAPS = {
+    "0-based": ({"class_ids": [0, 3], "cams": np.ones((2, 4, 4))}, "got 0 .*add 1"),
+    "ignore": ({"class_ids": [255], "cams": np.ones((1, 4, 4))}, "1..254, got 255"),
+    "above 255": ({"class_ids": [300], "cams": np.ones((1, 4, 4))}, "got 300"),
+    "negative": ({"class_ids": [-1], "cams": np.ones((1, 4, 4))}, "got -1"),
+    "twice": ({"class_ids": [3, 7, 3], "cams": np.ones((3, 4, 4))}, "got 3 twice"),
+    "float ids": ({"class_ids": [1.0], "cams": np.ones((1, 4, 4))}, "integers"),
+    "2-d": ({"class_ids": [1], "cams": np.ones((4, 4))}, r"k = 1 .*\(4, 4\)"),
+    "too many maps": ({"class_ids": [1], "cams": np.ones((2, 4, 4))}, r"k = 1"),
+    "empty maps": ({"class_ids": [1], "cams": np.ones((1, 0, 4))}, r"\(1, 0, 4\)"),
+    "nan": ({"class_ids": [1], "cams": np.full((1, 4, 4), np.nan)}, "16 NaN or infinite"),
+    "infinite in float32": ({"class_ids": [1], "cams": np.full((1, 1, 1), 1e300)}, "infinite"),
+    "complex": ({"class_ids": [1], "cams": np.ones((1, 4, 4), dtype=complex)}, "floating point"),
+    "no ids": ({"cams": np.ones((1, 4, 4))}, "must hold class_ids and cams, got cams"),
+    "nothing": ({}, "got nothing"),
+    "objects": ({"class_ids": [1], "cams": np.array([{"a": 1}], dtype=object)}, "Python objects"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("case", BAD_MAPS)
+def test_bad_maps_name_file_and_reason(tmp_path, case):
+    arrays, reason = BAD_MAPS[case]
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(FileError, match=rf"bad\.npz: .*{reason}"):
+        files.read_maps(tmp_path / "bad.npz")
+
+
+def test_class_count(tmp_path):
+    np.savez(tmp_path / "a.npz", class_ids=[21], cams=np.ones((1, 4, 4)))
+    with pytest.raises(FileError, match=r"1\.\.20, got 21"):
+        files.read_maps(tmp_path / "a.npz", num_classes=20)
+
+
+def test_missing_empty_cut_and_pickled_archives(tmp_path):
+    np.savez(tmp_path / "a.npz", class_ids=[1], cams=RNG.random((1, 20, 20)))
+    whole = (tmp_path / "a.npz").read_bytes()
+    cases = {"": "empty", b"\x80\x04]q.": "no npz", whole[:50]: "damaged", whole[:-30]: "damaged"}
+    for content, reason in cases.items():
+        (tmp_path / "b.npz").write_bytes(content or b"")
+        with pytest.raises(FileError, match=rf"b\.npz: .*{reason}"):
+            files.read_maps(tmp_path / "b.npz")
+    with pytest.raises(FileError, match=r"none\.npz: no such file"):
+        files.read_maps(tmp_path / "none.npz")
+    with zipfile.ZipFile(tmp_path / "c.npz", "w") as archive:
+        archive.writestr("class_ids.npy", b"\x80\x04]q.")
+        archive.writestr("cams.npy", b"\x80\x04]q.")
+    with pytest.raises(FileError, match="pickle"):
+        files.read_maps(tmp_path / "c.npz")
+
+
+def test_flipped_bytes_in_maps(tmp_path):
+    np.savez(tmp_path / "a.npz", class_ids=[1], cams=np.ones((1, 2, 2), dtype=np.float32))
+    whole = (tmp_path / "a.npz").read_bytes()
+    for at in range(len(whole)):
+        (tmp_path / "b.npz").write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        with contextlib.suppress(FileError):
+            files.read_maps(tmp_path / "b.npz")
+
+
+def test_features(tmp_path):
+    feats = RNG.random((6, 3, 4)).astype(np.float32)
+    np.save(tmp_path / "a.npy", feats)
+    np.save(tmp_path / "b.npy", feats[None].astype(np.float16))
+    np.savez(tmp_path / "c.npz", anything=feats)
+    np.savez(tmp_path / "d.npz", feats=feats, other=np.ones(3))
+    for name in ("a.npy", "c.npz", "d.npz"):
+        assert np.array_equal(files.read_features(tmp_path / name), feats)
+    assert files.read_features(tmp_path / "b.npy").shape == (6, 3, 4)
+    np.savez(tmp_path / "e.npz", one=feats, two=feats)
+    np.save(tmp_path / "f.npy", np.array([None]))
+    np.save(tmp_path / "g.npy", feats[0])
+    for name, reason in (
+        ("e.npz", "one array only"),
+        ("f.npy", "Python objects"),
+        ("g.npy", r"\[D, h, w\]"),
+        ("h.npy", "no such"),
+    ):
+        with pytest.raises(FileError, match=reason):
+            files.read_features(tmp_path / name)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_palette_is_that_of_voc():
+    palette = voc_palette()
+    assert palette[[0, 1, 2, 15, 20, 255]].tolist() == [
+        [0, 0, 0], [128, 0, 0], [0, 128, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192],
+    ]  # fmt: skip
+    assert len({tuple(c) for c in palette.tolist()}) == 256
+
+
+def test_label_png(tmp_path):
+    label = np.array([[0, 15, 255], [1, 254, 20]])
+    files.write_label(tmp_path / "sub" / "a.png", label, settings='{"a": 1}')
+    with Image.open(tmp_path / "sub" / "a.png") as image:
+        assert image.mode == "P"
+        assert np.array_equal(np.array(image), label)
+        assert image.getpalette()[:768] == voc_palette().flatten().tolist()
+    assert artefacts.png_settings(tmp_path / "sub" / "a.png") == '{"a": 1}'
+    for bad in (
+        np.zeros((2, 2)),
+        np.zeros(4, dtype=int),
+        np.full((2, 2), 256),
+        np.full((2, 2), -1),
+        np.zeros((0, 3), dtype=int),
+    ):
+        with pytest.raises(ValueError, match="label must be"):
+            files.write_label(tmp_path / "b.png", bad)
+
+
+def test_same_input_gives_the_same_bytes(tmp_path, monkeypatch):
+    for name in ("a.npz", "b.npz"):
+        files.write_maps(tmp_path / name, np.array([4]), np.ones((1, 3, 3)), settings="x")
+        monkeypatch.setattr("time.time", lambda: 2e9)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+    for ids, cams in (
+        ([1], np.ones((2, 3, 3))),
+        ([1], np.full((1, 1, 1), 1e6)),
+        ([1], np.full((1, 1, 1), np.nan)),
+        ([0], np.ones((1, 2, 2))),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            files.write_maps(tmp_path / "c.npz", np.array(ids), cams)
+
+
+def test_no_cut_or_changed_file_counts_as_complete(tmp_path):
+    files.write_label(tmp_path / "a.png", np.arange(64).reshape(8, 8), settings="s")
+    files.write_maps(tmp_path / "a.npz", np.array([1]), RNG.random((1, 8, 8)), settings="s")
+    for name, settings in (("a.png", artefacts.png_settings), ("a.npz", artefacts.npz_settings)):
+        whole = (tmp_path / name).read_bytes()
+        for cut in range(len(whole)):
+            (tmp_path / f"cut-{name}").write_bytes(whole[:cut])
+            assert settings(tmp_path / f"cut-{name}") is None
+    whole = (tmp_path / "a.png").read_bytes()
+    for at in range(len(whole)):
+        (tmp_path / "b.png").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert artefacts.png_settings(tmp_path / "b.png") is None
+    assert artefacts.png_settings(tmp_path / "none.png") is None
+
+
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    artefacts.write_atomically(tmp_path / "a", b"old")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        artefacts.write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_symlink_in_the_place_of_the_output_is_replaced_not_followed(tmp_path):
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / "a").symlink_to(tmp_path / "victim")
+    artefacts.write_atomically(tmp_path / "a", b"new")
+    assert (tmp_path / "victim").read_bytes() == b"mine"
+    assert not (tmp_path / "a").is_symlink()
+
+
+def test_stale_parts_go_and_living_ones_stay(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = artefacts._host()
+    dead = tmp_path / f".wsss-{host}-{gone.pid}-0.part"
+    living = tmp_path / "sub" / f".wsss-{host}-{os.getppid()}-0.part"
+    elsewhere, old = tmp_path / ".wsss-otherhost-1-0.part", tmp_path / ".wsss-otherhost-2-0.part"
+    living.parent.mkdir()
+    for path in (dead, living, elsewhere, old):
+        path.write_bytes(b"x")
+    os.utime(old, (1, 1))
+    assert artefacts.remove_stale(tmp_path) == 2
+    assert [path.exists() for path in (dead, living, elsewhere, old)] == [False, True, True, False]
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+CRAFTED = [
+    "../../x", "..", ".", "", "/etc/x", "//host/x", "a/../x", "a/../../x", "a/..", "./a", "a/./b", "a//b", "a/",
+    "..\\x",
+    "a\\..\\..\\x", "C:\\x", "C:x", "a\0b", "a\nb", "\x1b[2Jx", ".hidden", "a/.git/x", " ", "a /b",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+def test_crafted_ids_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match="id must be"):
+        folder.inside(tmp_path, name, ".png")
+
+
+@pytest.mark.parametrize("name", ["2007_000123", "a/b/c", "cat 1", "x..y", "naïve", "日本", "a.b", "~x", "-x"])
+def test_honest_ids_pass(tmp_path, name):
+    assert folder.inside(tmp_path, name, ".png") == tmp_path / f"{name}.png"
+
+
+def test_symlinks_out_of_the_root(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir(), outside.mkdir()
+    (outside / "x.png").write_bytes(b"")
+    (root / "x.png").symlink_to(outside / "x.png")
+    (root / "sub").symlink_to(outside)
+    (root / "in.png").symlink_to(root / "y.png")
+    for name in ("x", "sub/x", "sub/new"):
+        with pytest.raises(FileError, match="symlink"):
+            folder.inside(root, name, ".png")
+    assert folder.inside(root, "in", ".png")
+    assert list(folder.list_files(root, (".png",))) == ["in", "x"]
+    (tmp_path / "link").symlink_to(root)
+    assert folder.inside(tmp_path / "link", "y", ".png")
+
+
+def test_listing(tmp_path):
+    for name in ("b.JPG", "a.png", "a.jpg", "sub/c.png", ".hidden.png", ".git/d.png", "note.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    listed = folder.list_files(tmp_path, files.PICTURE_SUFFIXES)
+    assert {k: [p.name for p in v] for k, v in listed.items()} == {
+        "a": ["a.jpg", "a.png"],
+        "b": ["b.JPG"],
+        "sub/c": ["c.png"],
+    }
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+@pytest.mark.parametrize("total", [0, 1, 5, 23])
+def test_shards_are_a_partition(count, total):
+    names = [f"{i}" for i in range(total)]
+    shards = [folder.shard(names, i, count) for i in range(count)]
+    assert sorted(name for part in shards for name in part) == sorted(names)
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_shard_text():
+    assert folder.parse_shard("3/4") == (3, 4)
+    for text in ("4/4", "-1/4", "1", "1/", "/2", "a/b", "0/0", "1.0/2"):
+        with pytest.raises(ValueError, match="shard must be i/n"):
+            folder.parse_shard(text)
+
+
+def test_id_lists(tmp_path):
+    (tmp_path / "train.txt").write_text("a 1\n\nb -1\na 1\n")
+    assert folder.read_ids(tmp_path / "train.txt") == ["a", "b"]
+    with pytest.raises(FileError):
+        folder.read_ids(tmp_path / "none.txt")
