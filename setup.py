@@ -44,12 +44,14 @@ def cmake_arguments() -> list[str]:
     return arguments + shlex.split(os.environ.get("CMAKE_ARGS", ""))
 
 
-def discard_if_configured_otherwise(build_dir: Path, configuration: str) -> None:
+def forget_other_configuration(build_dir: Path, configuration: str) -> None:
     """CMake's cache outlives the tools it names (pip's isolated builds live in a folder that is gone) and keeps the
-    first answer to most options: a build folder serves one configuration."""
+    first answer to most options. Objects stay: they are compiled again where their command changed."""
     record = build_dir / "configuration.txt"
-    if build_dir.exists() and not (record.exists() and record.read_text(encoding="utf-8") == configuration):
-        shutil.rmtree(build_dir)
+    if not record.exists() or record.read_text(encoding="utf-8") != configuration:
+        (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
+        for found in (*build_dir.glob("CMakeFiles/[0-9]*"), build_dir / "CMakeFiles" / "pkgRedirects"):
+            shutil.rmtree(found, ignore_errors=True)
     build_dir.mkdir(parents=True, exist_ok=True)
     record.write_text(configuration, encoding="utf-8")
 
@@ -62,11 +64,12 @@ class CMakeBuild(build_ext):
         configure = [cmake, "-S", str(ROOT), *cmake_arguments()]
         variables = [f"{name}={os.environ.get(name, '')}" for name in COMPILER_VARIABLES]
         build_dir = ROOT / "build" / str(sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag)
-        discard_if_configured_otherwise(build_dir, "\n".join([*configure, *variables]))
+        forget_other_configuration(build_dir, "\n".join([*configure, *variables]))
 
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
-        subprocess.run([*configure, "-B", str(build_dir)], check=True)
-        subprocess.run([cmake, "--build", str(build_dir), "--parallel", jobs], check=True)
+        for command in ([*configure, "-B", str(build_dir)], [cmake, "--build", str(build_dir), "--parallel", jobs]):
+            if subprocess.run(command, check=False).returncode:
+                sys.exit(f"{shlex.join(command)} failed; the reason is above")
         module = Path(self.get_ext_fullpath(ext.name))
         module.parent.mkdir(parents=True, exist_ok=True)
         # Beside it first, then renamed over it: a process that runs the old module keeps it whole.

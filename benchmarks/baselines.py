@@ -48,8 +48,9 @@ def transition_matrix(affinity: Tensor, beta: float) -> scipy.sparse.csr_array:
 
 def to_torch_csr(matrix: scipy.sparse.csr_array) -> Tensor:
     """The same as a torch tensor; 32-bit indices, which MKL takes without a copy."""
-    indices = [torch.from_numpy(x.astype(np.int32)) for x in (matrix.indptr, matrix.indices)]
-    return torch.sparse_csr_tensor(*indices, torch.from_numpy(matrix.data), size=matrix.shape, check_invariants=False)
+    starts, columns = (torch.from_numpy(x.astype(np.int32)) for x in (matrix.indptr, matrix.indices))
+    values = torch.from_numpy(matrix.data)
+    return torch.sparse_csr_tensor(starts, columns, values, matrix.shape, check_invariants=False)
 
 
 def torch_csr_walk(maps: Tensor, matrix: Tensor, steps: int) -> Tensor:
@@ -120,16 +121,17 @@ def dense_affinity(affinity: Tensor) -> Tensor:
     _, _, height, width = affinity.shape
     n = height * width
     number = torch.arange(n).view(height, width)
-    pairs, values = [], []
+    pairs, linked = [], []
     for k, (dy, dx) in enumerate(neighbour_offsets(RADIUS)):
         left, right = max(0, -dx), max(0, -dx, width - max(0, dx))
         here = (slice(0, max(0, height - dy)), slice(left, right))
         pairs.append(torch.stack([number[here].flatten(), number[here].flatten() + dy * width + dx]))
-        values.append(affinity[0, k][here].flatten())
-    pair, value = torch.cat(pairs, dim=1), torch.cat(values)
+        linked.append(affinity[0, k][here].flatten())
+    pair, value = torch.cat(pairs, dim=1), torch.cat(linked)
     own = torch.arange(n).expand(2, n)
     index = torch.cat([pair, pair.flip(0), own], dim=1)
-    return torch.sparse_coo_tensor(index, torch.cat([value, value, torch.ones(n)]), (n, n)).to_dense()
+    values = torch.cat([value, value, torch.ones(n)])
+    return torch.sparse_coo_tensor(index, values, (n, n), check_invariants=False).to_dense()
 
 
 def dense_walk(maps: Tensor, dense: Tensor, beta: float, steps: int) -> Tensor:

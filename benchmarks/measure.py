@@ -291,7 +291,7 @@ def check(way: Way, function: Callable[[], Result], expected: Result, inputs: In
 
 
 def run_case(
-    case: Case, place: Row, *, rounds: int = 15, budget: float = 3.0, full: bool = False, memory: bool = True
+    case: Case, place: Row, *, rounds: int = 15, budget: float = 2.0, full: bool = False, memory: bool = True
 ) -> list[Row]:
     """One row a way. An "ours" row's ratio is the fastest library way's time over its own (else the fastest published
     one's), another row's ratio its own time over the first of ours: above 1 ours is faster."""

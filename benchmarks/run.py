@@ -100,8 +100,8 @@ def findings(rows: list[Row], cases: dict[str, Case]) -> str:
     by_name = {(row["case"], row["way"]): row for row in rows}
     for case in cases.values():
         for aim in case.aims:
-            row = by_name.get((case.name, aim.way))
-            value = aim_value(row, aim.column) if row else None
+            found = by_name.get((case.name, aim.way))
+            value = aim_value(found, aim.column) if found else None
             if value is not None:
                 bound = f">= {aim.least:g}" if aim.most == float("inf") else f"<= {aim.most:g}"
                 word = "met" if _met(aim, value) else "MISSED"
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     place = environment()
     cases = {case.name: case for case in select(all_cases(), only, quick=options.quick, full=options.full)}
     rounds = options.rounds or (5 if options.quick else 15)
-    budget = 0.6 if options.quick else 3.0
+    budget = 0.6 if options.quick else 2.0
     rows: list[Row] = []
     for number, case in enumerate(cases.values(), 1):
         start = time.perf_counter()

@@ -31,7 +31,8 @@ T* at(Address address) {
 
 // scale 0 = automatic.
 AffinityOptions affinity_options(int radius, bool cosine, double scale, bool cropped) {
-  return {radius, cosine ? AffinityMetric::kCosine : AffinityMetric::kL1, scale == 0, scale == 0 ? 1.0 : scale, cropped};
+  return {radius, cosine ? AffinityMetric::kCosine : AffinityMetric::kL1, scale == 0, scale == 0 ? 1.0 : scale,
+          cropped};
 }
 
 void local_affinity(Address feats, Address out, Address scales, int64_t batch, int64_t dim, int64_t height,

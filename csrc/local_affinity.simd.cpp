@@ -149,8 +149,8 @@ WSSS_ALWAYS_INLINE void finish_tile(const AffinityProblem& problem, const Affini
   for (int y = tile.y_begin; y < tile.y_end; ++y) {
     double total = 0;
     for (int k = 0; k < problem.hood->count; ++k, sums += stride) {
-      const Columns columns = paired_columns(problem, y, problem.hood->dy[k], problem.hood->dx[k],
-                                             options.cropped && !options.automatic);
+      const Columns columns =
+          paired_columns(problem, y, problem.hood->dy[k], problem.hood->dx[k], options.cropped && !options.automatic);
       float* const row = out + k * plane + size_t(y) * problem.width;
       for (int x = tile.x_begin; x < tile.x_end; x += n) {
         V v = load(sums + (x - tile.x_begin));
@@ -236,9 +236,7 @@ void pair_weights(const AffinityProblem& problem, const float* grad, const float
   }
 }
 
-WSSS_ALWAYS_INLINE V with_sign_of(V sign, V v) {
-  return (V)((VecInt)v ^ ((VecInt)sign & int32_t(0x80000000)));
-}
+WSSS_ALWAYS_INLINE V with_sign_of(V sign, V v) { return (V)((VecInt)v ^ ((VecInt)sign & int32_t(0x80000000))); }
 
 // G channels of one vector of pixels: sum over the pairs in both directions.
 template <AffinityMetric metric, int G>

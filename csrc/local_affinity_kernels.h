@@ -8,11 +8,11 @@
 
 namespace wsss {
 
-constexpr int kTileColumns = 128;     // pixels
+constexpr int kTileColumns = 128;  // pixels
 constexpr int kTileRows = 16;
 constexpr int kForwardChannels = 32;  // packed together; a tile's slice of them stays in the second-level cache
 constexpr int kBackwardChannels = 8;
-constexpr int kLineMargin = 16;       // >= any reach and any vector, on both sides of a packed line
+constexpr int kLineMargin = 16;  // >= any reach and any vector, on both sides of a packed line
 constexpr int kLine = kTileColumns + 2 * kLineMargin;
 static_assert(kLineMargin >= kMaxRadius - 1);
 

@@ -1,6 +1,5 @@
 #include "random_walk.h"
 
-#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -8,11 +7,12 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "random_walk_kernels.h"
+#include "random_walk_series.h"
 
 namespace wsss {
 
-#define WSSS_WALK_TABLES                                \
-  extern const WalkKernels<float> walk_kernels_float;   \
+#define WSSS_WALK_TABLES                              \
+  extern const WalkKernels<float> walk_kernels_float; \
   extern const WalkKernels<double> walk_kernels_double;
 WSSS_FOR_EACH_ISA(WSSS_WALK_TABLES)
 
@@ -27,53 +27,8 @@ const WalkKernels<double>& walk_kernels<double>() {
 
 namespace {
 
-// Below these, float32's own rounding is larger than what was asked for, and the walk runs in double.
-constexpr double kSinglePowerTol = 1e-5;
-constexpr double kSingleChebyshevTol = 2e-5;
-// A truncated series is off by its tail times the largest entry of T_k(P), which reached 24 (no small bound is known).
-constexpr double kTailSafety = 32;
-constexpr double kGradientTail = 1e-7;
 // A thread's share of a step, in pixels times maps, that takes some ten times as long as meeting the others after it.
 constexpr double kPixelsPerThread = 1000;
-
-// P^steps = sum of coefficients[k] T_k(P), up to a tail; T_k the Chebyshev polynomials. All are >= 0: they are the law
-// of the distance a simple random walk has gone after `steps` steps.
-std::vector<double> chebyshev_series(int64_t steps, double tail) {
-  std::vector<double> c;  // k = steps % 2, then every second
-  double value = steps % 2 ? 1 : 0.5, total = 0;
-  for (int64_t k = steps % 2; k <= steps; k += 2) {
-    c.push_back(value);
-    total += value;
-    const double j = double(steps - k) / 2;
-    value *= (k == 0 ? 2 : 1) * j / (double(steps) - j + 1);
-    if (value < total * 1e-18) break;
-  }
-  double left_out = 0;
-  while (c.size() > 1 && left_out + c.back() <= tail * total) {
-    left_out += c.back();
-    c.pop_back();
-  }
-  std::vector<double> all(size_t(steps % 2) + 2 * c.size() - 1, 0.0);
-  for (size_t i = 0; i < c.size(); ++i) all[size_t(steps % 2) + 2 * i] = c[i] / (total - left_out);
-  return all;
-}
-
-struct Method {
-  bool in_double;
-  int64_t steps;               // of the power form
-  std::vector<double> series;  // of the Chebyshev form, empty for power
-};
-
-Method choose_method(const WalkOptions& o) {
-  Method method{false, o.steps, {}};
-  if (o.solver != WalkSolver::kPower && o.steps > 1) {
-    std::vector<double> series = chebyshev_series(o.steps, o.tol / kTailSafety);
-    // A Chebyshev step adds into a sum: about a twentieth dearer than a product.
-    if (o.solver == WalkSolver::kChebyshev || double(series.size()) * 1.05 < double(o.steps)) method.series = series;
-  }
-  method.in_double = o.tol < (method.series.empty() ? kSinglePowerTol : kSingleChebyshevTol);
-  return method;
-}
 
 template <class T>
 class Walker {
@@ -213,7 +168,7 @@ std::vector<Chunk> chunks_of(const std::vector<int64_t>& channels, size_t plane,
 }
 
 template <class T>
-void walk_chunk(const Walker<T>& walker, const Team& team, const Chunk& chunk, const Method& method) {
+void walk_chunk(const Walker<T>& walker, const Team& team, const Chunk& chunk, const WalkMethod& method) {
   const int begin = walker.first_row(team), end = walker.last_row(team), maps = chunk.count;
   T *now = walker.state(0), *other = walker.state(1);
   walker.clear_outer_rows(team, 2, maps);
@@ -232,7 +187,8 @@ void walk_chunk(const Walker<T>& walker, const Team& team, const Chunk& chunk, c
     walker.own_values(team, maps, [&](size_t i) { sum[i] = T(c[0]) * now[i]; });
     for (size_t k = 1; k < c.size(); ++k) {
       const T previous = k == 1 ? 0 : -1;
-      walker.step(team, maps, {now, other, T(k == 1 ? 1 : 2), previous, nullptr, 0, c[k] != 0 ? sum : nullptr, T(c[k])});
+      walker.step(team, maps,
+                  {now, other, T(k == 1 ? 1 : 2), previous, nullptr, 0, c[k] != 0 ? sum : nullptr, T(c[k])});
       std::swap(now, other);
     }
   }
@@ -323,7 +279,7 @@ int largest_chunk(const ImageChunks& images) {
 
 template <class T>
 void walk_forward(const float* affinity, const ImageChunks& images, const WalkShape& shape, const WalkOptions& options,
-                  const Method& method, int threads) {
+                  const WalkMethod& method, int threads) {
   const size_t image_affinity = size_t(neighbour_count(options.radius)) * shape.height * shape.width;
   for_each_image<T>(shape, options, largest_chunk(images), method.series.empty() ? 2 : 3, false, threads,
                     [&](const Walker<T>& walker, const Team& team, int64_t b) {
@@ -337,7 +293,7 @@ template <class T>
 void walk_backward(const float* affinity, float* grad_affinity, const ImageChunks& images, const WalkShape& shape,
                    const WalkOptions& options, int threads) {
   const size_t image_affinity = size_t(neighbour_count(options.radius)) * shape.height * shape.width;
-  const std::vector<double> series = chebyshev_series(options.steps, kGradientTail);
+  const std::vector<double> series = gradient_series(options);
   for_each_image<T>(shape, options, largest_chunk(images), grad_affinity ? 6 : 3, grad_affinity != nullptr, threads,
                     [&](const Walker<T>& walker, const Team& team, int64_t b) {
                       if (images[b].empty()) return;
@@ -345,8 +301,9 @@ void walk_backward(const float* affinity, float* grad_affinity, const ImageChunk
                       walker.load_affinity(team, image, options.beta);
                       for (const Chunk& chunk : images[b]) walk_chunk_backward(walker, team, chunk, series);
                       if (grad_affinity) {
-                        walker.kernels.unpack_gradient(walker.plan, image, options.beta, grad_affinity + image_affinity * b,
-                                                       walker.scratch(team), walker.first_row(team), walker.last_row(team));
+                        walker.kernels.unpack_gradient(walker.plan, image, options.beta,
+                                                       grad_affinity + image_affinity * b, walker.scratch(team),
+                                                       walker.first_row(team), walker.last_row(team));
                         team.barrier();
                       }
                     });
@@ -375,7 +332,7 @@ void random_walk_cpu(const float* maps, const float* affinity, float* out, WalkS
     }
     images.push_back(chunks_of(walked, plane, maps + image, out + image, nullptr));
   }
-  const Method method = choose_method(options);
+  const WalkMethod method = choose_walk_method(options);
   if (method.in_double) {
     walk_forward<double>(affinity, images, shape, options, method, threads);
   } else {
@@ -406,7 +363,7 @@ void random_walk_backward_cpu(const float* grad, const float* maps, const float*
     }
     images.push_back(chunks_of(walked, plane, maps + image, grad_maps ? grad_maps + image : nullptr, grad + image));
   }
-  if (options.tol < kSinglePowerTol) {
+  if (gradient_in_double(options)) {
     walk_backward<double>(affinity, grad_affinity, images, shape, options, threads);
   } else {
     walk_backward<float>(affinity, grad_affinity, images, shape, options, threads);

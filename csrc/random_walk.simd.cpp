@@ -104,8 +104,8 @@ void invert_degrees(const WalkPlan<T>& plan, int begin, int end) {
       for (int l = 0; l < n; ++l) degree[l] = 1;
       for (int k = 0; k < hood.count; ++k) {
         const T* to = plan.weights + plan.weight_row(y) + plan.position[j + plan.halo] + plan.slot[k] * n;
-        const T* from = plan.weights + plan.weight_row(y - hood.dy[k]) +
-                        plan.position[j - hood.dx[k] + plan.halo] + plan.slot[k] * n;
+        const T* from = plan.weights + plan.weight_row(y - hood.dy[k]) + plan.position[j - hood.dx[k] + plan.halo] +
+                        plan.slot[k] * n;
         for (int l = 0; l < n; ++l) degree[l] += double(to[l]) + double(from[l]);
       }
       T* const inverse = plan.inverse + plan.inverse_row(y) + size_t(j) * n;
@@ -133,9 +133,8 @@ void unpack_maps(const WalkPlan<T>& plan, const T* state, int count, float* cons
   for (int y = begin; y < end; ++y) {
     const T* const row = state + plan.state_row(y, count) + size_t(plan.halo) * count * kLanes<T>;
     for (int c = 0; c < count; ++c) {
-      unstripe(plan, scratch, [&](int t) __attribute__((always_inline)) {
-        return load(row + size_t(t * count + c) * kLanes<T>);
-      });
+      unstripe(plan, scratch,
+               [&](int t) __attribute__((always_inline)) { return load(row + size_t(t * count + c) * kLanes<T>); });
       float* const out = maps[c] + size_t(y) * plan.width;
       for (int x = 0; x < plan.width; ++x) out[x] = float(scratch[x]);
     }
@@ -174,7 +173,8 @@ WSSS_ALWAYS_INLINE void fill_halo(const WalkPlan<T>& plan, T* row) {
 
 // sum over neighbours of W (x_j - x_i), for P positions of C maps, all in registers.
 template <class T, int C, int P, int R>
-WSSS_ALWAYS_INLINE void neighbour_sum(const WalkPlan<T>& plan, const T* state, int y, int j, Vec<T>* centre, Vec<T>* sum) {
+WSSS_ALWAYS_INLINE void neighbour_sum(const WalkPlan<T>& plan, const T* state, int y, int j, Vec<T>* centre,
+                                      Vec<T>* sum) {
   constexpr int n = kLanes<T>;
   const ptrdiff_t stride = ptrdiff_t(plan.blocks + 2 * plan.halo) * C * n;
   const T* const here = state + plan.state_row(y, C) + size_t(j + plan.halo) * C * n;
@@ -193,28 +193,28 @@ WSSS_ALWAYS_INLINE void neighbour_sum(const WalkPlan<T>& plan, const T* state, i
       constexpr int t = shifted.value - reach;
       Vec<T> x[C];
       if constexpr (DY > 0 || P > 1 || t != 0) {
-        unroll<0, C>([&](auto c) __attribute__((always_inline)) { x[c] = in_register<T>(load(below + (t * C + c) * n)); });
+        unroll<0, C>([&](auto c)
+                         __attribute__((always_inline)) { x[c] = in_register<T>(load(below + (t * C + c) * n)); });
         unroll<0, P>([&](auto p) __attribute__((always_inline)) {
           constexpr int dx = t - p.value;
           if constexpr (dx >= -reach && dx <= reach && (DY > 0 || dx != 0)) {
             const T* const w = DY > 0 || dx > 0 ? weights + position[p] + kSlot<R, DY, dx> * n
                                                 : weights + position[t] + kSlot<R, DY, -dx> * n;
             const Vec<T> link = load(w);
-            unroll<0, C>([&](auto c) __attribute__((always_inline)) {
-              sum[p * C + c] += link * (x[c] - centre[p * C + c]);
-            });
+            unroll<0, C>([&](auto c)
+                             __attribute__((always_inline)) { sum[p * C + c] += link * (x[c] - centre[p * C + c]); });
           }
         });
       }
       if constexpr (DY > 0) {
-        unroll<0, C>([&](auto c) __attribute__((always_inline)) { x[c] = in_register<T>(load(above + (t * C + c) * n)); });
+        unroll<0, C>([&](auto c)
+                         __attribute__((always_inline)) { x[c] = in_register<T>(load(above + (t * C + c) * n)); });
         unroll<0, P>([&](auto p) __attribute__((always_inline)) {
           constexpr int dx = p.value - t;  // of the offset that leads here from the row above
           if constexpr (dx >= -reach && dx <= reach) {
             const Vec<T> link = load(weights_above + position[t] + kSlot<R, DY, dx> * n);
-            unroll<0, C>([&](auto c) __attribute__((always_inline)) {
-              sum[p * C + c] += link * (x[c] - centre[p * C + c]);
-            });
+            unroll<0, C>([&](auto c)
+                             __attribute__((always_inline)) { sum[p * C + c] += link * (x[c] - centre[p * C + c]); });
           }
         });
       }
@@ -225,7 +225,7 @@ WSSS_ALWAYS_INLINE void neighbour_sum(const WalkPlan<T>& plan, const T* state, i
 // The same for any radius, one position at a time.
 template <class T, int C>
 WSSS_ALWAYS_INLINE void neighbour_sum_any_radius(const WalkPlan<T>& plan, const T* state, int y, int j, Vec<T>* centre,
-                                          Vec<T>* sum) {
+                                                 Vec<T>* sum) {
   constexpr int n = kLanes<T>;
   const ptrdiff_t stride = ptrdiff_t(plan.blocks + 2 * plan.halo) * C * n;
   const T* const here = state + plan.state_row(y, C) + size_t(j + plan.halo) * C * n;
@@ -267,7 +267,8 @@ WSSS_ALWAYS_INLINE void step_positions(const WalkPlan<T>& plan, const WalkStep<T
     });
   });
   if (step.previous_scale != 0) {
-    unroll<0, C * P>([&](auto i) __attribute__((always_inline)) { sum[i] += step.previous_scale * load(next + i * n); });
+    unroll<0, C * P>([&](auto i)
+                         __attribute__((always_inline)) { sum[i] += step.previous_scale * load(next + i * n); });
   }
   if (step.add) {
     const T* const add = step.add + at;
@@ -391,14 +392,10 @@ void unpack_gradient(const WalkPlan<T>& plan, const float* affinity, double beta
 
 template <class T>
 constexpr WalkKernels<T> make_kernels() {
-  return {kLanes<T>,
-          pack_weights<T>,
-          invert_degrees<T>,
-          pack_maps<T>,
-          unpack_maps<T>,
-          {nullptr, step<T, 1>, step<T, 2>, step<T, 3>, step<T, 4>, step<T, 5>},
-          scale_by_degree<T>,
-          {nullptr, outer<T, 1>, outer<T, 2>, outer<T, 3>, outer<T, 4>, outer<T, 5>},
+  return {kLanes<T>,          pack_weights<T>,
+          invert_degrees<T>,  pack_maps<T>,
+          unpack_maps<T>,     {nullptr, step<T, 1>, step<T, 2>, step<T, 3>, step<T, 4>, step<T, 5>},
+          scale_by_degree<T>, {nullptr, outer<T, 1>, outer<T, 2>, outer<T, 3>, outer<T, 4>, outer<T, 5>},
           unpack_gradient<T>};
 }
 

@@ -16,18 +16,22 @@ constexpr int kMaxWalkMaps = 5;  // maps walked together; their sums fill the re
 template <class T>
 struct WalkPlan {
   int height, width, radius, halo, lanes, blocks;
-  int weights_per_row;               // vectors of weights in a row
-  int slot[kMaxNeighbours];          // of neighbour k within a position, sorted by dx
-  const ptrdiff_t* position;         // [blocks + 2 * halo]: where slot 0 of position t - halo would lie, in values
-  T* weights;                        // [halo + height][weights_per_row] vectors, the first halo rows zero
-  T* inverse;                        // [height][blocks] vectors, 1 / degree
-  T* gradient;                       // as weights, or null
+  int weights_per_row;        // vectors of weights in a row
+  int slot[kMaxNeighbours];   // of neighbour k within a position, sorted by dx
+  const ptrdiff_t* position;  // [blocks + 2 * halo]: where slot 0 of position t - halo would lie, in values
+  T* weights;                 // [halo + height][weights_per_row] vectors, the first halo rows zero
+  T* inverse;                 // [height][blocks] vectors, 1 / degree
+  T* gradient;                // as weights, or null
 
   WSSS_ALWAYS_INLINE size_t weight_row(int y) const { return size_t(y + halo) * weights_per_row * lanes; }
   WSSS_ALWAYS_INLINE size_t inverse_row(int y) const { return size_t(y) * blocks * lanes; }
   // States hold [halo + height + halo][halo + blocks + halo][maps] vectors.
-  WSSS_ALWAYS_INLINE size_t state_row(int y, int maps) const { return size_t(y + halo) * (blocks + 2 * halo) * maps * lanes; }
-  WSSS_ALWAYS_INLINE size_t state_size(int maps) const { return size_t(height + 2 * halo) * (blocks + 2 * halo) * maps * lanes; }
+  WSSS_ALWAYS_INLINE size_t state_row(int y, int maps) const {
+    return size_t(y + halo) * (blocks + 2 * halo) * maps * lanes;
+  }
+  WSSS_ALWAYS_INLINE size_t state_size(int maps) const {
+    return size_t(height + 2 * halo) * (blocks + 2 * halo) * maps * lanes;
+  }
 };
 
 // next = scale * P state + previous_scale * next + add_scale * add;  sum += sum_scale * next
@@ -50,7 +54,8 @@ struct WalkKernels {
   // 1 / (1 + sum of weights), summed in double; needs the weights of rows [begin - halo, end).
   void (*invert_degrees)(const WalkPlan<T>&, int begin, int end);
   void (*pack_maps)(const WalkPlan<T>&, const float* const* maps, int count, T* state, T* scratch, int begin, int end);
-  void (*unpack_maps)(const WalkPlan<T>&, const T* state, int count, float* const* maps, T* scratch, int begin, int end);
+  void (*unpack_maps)(const WalkPlan<T>&, const T* state, int count, float* const* maps, T* scratch, int begin,
+                      int end);
   void (*step[kMaxWalkMaps + 1])(const WalkPlan<T>&, const WalkStep<T>&, int begin, int end);
   // state * (degree, or 1 / degree), in place.
   void (*scale_by_degree)(const WalkPlan<T>&, T* state, int count, bool inverse, int begin, int end);

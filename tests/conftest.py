@@ -166,7 +166,7 @@ class Oracle:
     def affinity(feats: Tensor, radius: int = 5, metric: str = "l1", scale: float | str = 1.0, border: str = "full"):
         batch, _, height, width = feats.shape
         x = feats.double().flatten(2)
-        every, chosen = Oracle.links(height, width, radius), Oracle.links(height, width, radius, border)
+        pairs, chosen = Oracle.links(height, width, radius), Oracle.links(height, width, radius, border)
 
         def distances(links):
             here, there = x[:, :, links[1]], x[:, :, links[2]]
@@ -179,14 +179,15 @@ class Oracle:
         out = torch.zeros(batch, len(Oracle.offsets(radius)), height * width, dtype=torch.float64)
         distance = distances(chosen)
         if scale == "auto":
-            mean = distances(every).detach().mean(1, keepdim=True)  # NaN for a map without pairs, which has no values
+            mean = distances(pairs).detach().mean(1, keepdim=True)  # NaN for a map without pairs, which has no values
             value = torch.exp(-distance / torch.where(mean > 0, mean, 1.0))
         elif metric == "l1":
             value = torch.exp(-distance / scale)
         else:
             value = (1 - distance).relu()
-        return out.index_put((slice_index(batch, value), chosen[0].expand(batch, -1), chosen[1].expand(batch, -1)), value
-                             ).reshape(batch, -1, height, width)  # fmt: skip
+        every = torch.arange(batch)[:, None].expand_as(value)
+        out = out.index_put((every, chosen[0].expand_as(value), chosen[1].expand_as(value)), value)
+        return out.unflatten(2, (height, width))
 
     @staticmethod
     def weights(affinity: Tensor, radius: int, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -202,7 +203,8 @@ class Oracle:
         batch, pixels = affinity.shape[0], affinity.shape[-2] * affinity.shape[-1]
         source, target, value = Oracle.weights(affinity, radius, beta)
         half = torch.zeros(batch, pixels, pixels, dtype=torch.float64)
-        half = half.index_put((slice_index(batch, value), source.expand(batch, -1), target.expand(batch, -1)), value)
+        every = torch.arange(batch)[:, None].expand_as(value)
+        half = half.index_put((every, source.expand_as(value), target.expand_as(value)), value)
         w = half + half.mT + torch.eye(pixels, dtype=torch.float64)
         return w / w.sum(-1, keepdim=True)
 
@@ -230,10 +232,6 @@ class Oracle:
                 y = p @ y
             out.append(y.T.reshape(x.shape))
         return torch.stack(out) if out else maps.double()
-
-
-def slice_index(batch: int, value: Tensor) -> Tensor:
-    return torch.arange(batch)[:, None].expand(batch, value.shape[1])
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import wsss_kernels as wk
 
 pytest.importorskip("scipy", reason="the benchmarks' opponents need scipy")
+pytest.importorskip("benchmarks", reason="not part of the package: python -m pytest from the checkout")
 
 from benchmarks import baselines, measure, plot, run, sizes
 

@@ -90,7 +90,9 @@ def test_several_methods_in_turn(cams, picture):
     close(wk.refine_cams(cams, picture, method=("image", "image"), normalize=None), twice)
 
 
-@pytest.mark.parametrize(("size", "expected"), [(None, (12, 17)), ("feats", (20, 21)), ((5, 8), (5, 8)), ([5, 8], (5, 8))])
+@pytest.mark.parametrize(
+    ("size", "expected"), [(None, (12, 17)), ("feats", (20, 21)), ((5, 8), (5, 8)), ([5, 8], (5, 8))]
+)
 def test_sizes(cams, size, expected):
     assert wk.refine_cams(cams, torch.randn(2, 4, 20, 21), size=size).shape == (2, 3, *expected)
 

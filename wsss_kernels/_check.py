@@ -6,7 +6,6 @@ import sys
 
 from torch import Tensor
 
-
 _LARGEST = sys.float_info.max
 
 
@@ -39,7 +38,7 @@ def choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 def number(name: str, value: object, contract: str, *, above: float | None = None, least: float | None = None) -> float:
     """A finite int or float, > above, >= least."""
-    error = TypeError
+    error: type[Exception] = TypeError
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         error = ValueError
         # Comparisons alone: torch.compile may hold a symbol here. NaN fails them all.

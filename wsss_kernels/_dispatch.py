@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import types
 import warnings
@@ -9,7 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
-LIBRARY = torch.library.Library("wsss_kernels", "DEF")
+LIBRARY: torch.library.Library = torch.library.Library("wsss_kernels", "DEF")
 NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 native: types.ModuleType | None = None
@@ -18,9 +19,9 @@ if os.environ.get("WSSS_DISABLE_NATIVE") == "1":
     native_absence = "switched off by WSSS_DISABLE_NATIVE=1"
 else:
     try:
-        from wsss_kernels import _C as native  # type: ignore[no-redef]
+        native = importlib.import_module("wsss_kernels._C")
     except ImportError as error:
-        native_absence = f"the compiled module could not be imported ({error}); reinstall with `pip install wsss-kernels`"
+        native_absence = f"the compiled module could not be imported ({error}); reinstall wsss-kernels"
 
 _warned: set[tuple[str, str]] = set()
 
@@ -50,7 +51,7 @@ def runs_native(op: str, tensor: Tensor) -> bool:
 
 
 def calls_directly(*tensors: Tensor) -> bool:
-    """Whether nothing watches these tensors (autograd, tracing, vmap, a mode), so that torch's dispatcher can be skipped."""
+    """Whether nothing watches these tensors (autograd, tracing, vmap, a mode): torch's dispatcher can be skipped."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:

@@ -107,8 +107,8 @@ def walk_features(image: Tensor, size: tuple[int, int]) -> Tensor:
 
     s says how much colour changes across a neighbourhood. Dividing by s alone (scale="auto") blurs flat pictures too
     little and busy ones too much, dividing by 6 Lab units alone blurs low-contrast pictures away; the geometric mean
-    of both is within 0.3 points of mIoU of the better one on either. A picture without colour differences counts as s = 0.01, one too
-    small for pairs (both sides under 4 cells) as s = 6.
+    of both is within 0.3 points of mIoU of the better one on either. A picture without colour differences counts as
+    s = 0.01, one too small for pairs (both sides under 4 cells) as s = 6.
 
     Args:
         image: [B, 3, H, W] (or [3, H, W]) as in `rgb_to_lab`.

@@ -137,7 +137,8 @@ def labels_from_maps(
     if isinstance(maps, (list, tuple)):
         ids = _ids_of_list(class_ids, len(maps))
         grounds = _backgrounds_of_list(background, len(maps))
-        return [_labels(_check_maps("maps", m)[None], b, i, ignore)[0] for m, b, i in zip(maps, grounds, ids)]
+        images = zip(maps, grounds, ids, strict=True)
+        return [_labels(_check_maps("maps", m)[None], b, i, ignore)[0] for m, b, i in images]
     maps = _check_maps("maps", maps)
     if maps.ndim == 3:
         return _labels(maps[None], background, class_ids, ignore)[0]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,17 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss_kernels import _check
-from wsss_kernels.colour import average_to, check_picture, grid_size, walk_features
-from wsss_kernels.ops import local_affinity, random_walk
+from wsss_kernels.colour import average_to, check_picture
+from wsss_kernels.methods import GUIDE, PRESETS, Size, Stage, stages_of
 
-Size = tuple[int, int]
 NORMALIZATIONS = ("image", "class", None)
-
-# What a published pipeline sets: (method, background, options).
-PRESETS: dict[str, tuple[str, float, dict[str, Any]]] = {
-    # Ahn and Kwak, CVPR 2018: walk on AffinityNet's own features, whose affinity was trained with scale 1.
-    "psa": ("affinity", 16.0, {"radius": 5, "metric": "l1", "scale": 1.0, "border": "cropped", "beta": 8.0, "steps": 256}),
-}  # fmt: skip
 
 
 def refine_cams(
@@ -69,7 +61,7 @@ def refine_cams(
         size: of the result: None = that of cams, "feats", "guide", or (height, width).
         normalize: "image" divides all maps of an image by their common maximum (the order between classes stays),
             "class" each map by its own, None leaves them.
-        preset: "psa" sets method, scale, border, beta, steps and background as published; what is given explicitly wins.
+        preset: "psa" sets method, scale, border, beta, steps and background as published; what is given wins.
         **method_options: see above. One the method does not have is a TypeError that lists the valid ones.
 
     Returns:
@@ -93,90 +85,12 @@ def refine_cams(
         method, published_background, published = PRESETS[preset]
         background = published_background if background is None else background
         method_options = {**published, **method_options}
-    stages = _stages(method, method_options)
+    stages = stages_of(method, method_options)
     _check_normalize(normalize)
     _check_size(size)
     if isinstance(cams, Tensor):
         return _refine_tensor(cams, feats, labels, guide, background, stages, size, normalize)
     return _refine_list(cams, feats, labels, guide, background, stages, size, normalize)
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """One refinement: where it works and what it does there."""
-
-    name: str
-    check: Callable[[str, Tensor], None]
-    grid: Callable[[Tensor, dict[str, Any]], Size]
-    run: Callable[[Tensor, Tensor, Size, dict[str, Any]], Tensor]  # maps on the grid, feats, grid, options
-    options: dict[str, Any]
-
-
-_WALK_OPTIONS = {"radius": 5, "border": "full", "beta": 8.0, "steps": "auto", "solver": "auto", "tol": 1e-4}
-_METHODS: dict[str, dict[str, Any]] = {  # options and their defaults
-    "affinity": {**_WALK_OPTIONS, "metric": "l1", "scale": "auto"},
-    "image": {**_WALK_OPTIONS, "scale": 1.0, "grid": 128},
-}
-# Steps at a grid of 128 of: a walk on features, a walk on colours (240 and 256 are equally good on most photographs,
-# fewer leak less), and the short walk on colours that follows features.
-_STEPS = {"affinity": 256, "image": 240, "guide": 64}
-
-
-def _auto_steps(stage: str, grid: Size) -> int:
-    """A walk of t steps reaches sqrt(t) pixels: this many reach the same share of the map on every grid."""
-    return min(256, max(16, round(_STEPS[stage] * (max(grid) / 128) ** 2)))
-
-
-def _walk(maps: Tensor, feats: Tensor, stage: str, grid: Size, o: dict[str, Any], metric: str = "l1") -> Tensor:
-    steps = _auto_steps(stage, grid) if o["steps"] == "auto" else o["steps"]
-    affinity = local_affinity(feats, o["radius"], metric=metric, scale=o["scale"], border=o["border"])
-    return random_walk(
-        maps, affinity, radius=o["radius"], beta=o["beta"], steps=steps, solver=o["solver"], tol=o["tol"]
-    )
-
-
-def _run_affinity(maps: Tensor, feats: Tensor, grid: Size, o: dict[str, Any]) -> Tensor:
-    return _walk(maps, feats.to(maps.dtype), "affinity", grid, o, o["metric"])
-
-
-def _run_image(maps: Tensor, picture: Tensor, grid: Size, o: dict[str, Any]) -> Tensor:
-    return _walk(maps, walk_features(picture, grid).to(maps.dtype), "image", grid, o)
-
-
-def _run_guide(maps: Tensor, picture: Tensor, grid: Size, o: dict[str, Any]) -> Tensor:
-    return _walk(maps, walk_features(picture, grid).to(maps.dtype), "guide", grid, o)
-
-
-def _image_grid(picture: Tensor, o: dict[str, Any]) -> Size:
-    return grid_size(*picture.shape[-2:], o["grid"])
-
-
-def _check_features(name: str, feats: Tensor) -> None:
-    _check.tensor(name, feats, "B D h w")
-
-
-def _stages(method: str | tuple[str, ...], given: dict[str, Any]) -> list[_Stage]:
-    names = method if isinstance(method, tuple) else (method,)
-    if not names:
-        raise ValueError("method must be one of the methods or a tuple of at least one, got ()")
-    for name in names:
-        _check.choice("method", name, tuple(_METHODS))
-    valid = {option for name in names for option in _METHODS[name]}
-    unknown = sorted(set(given) - valid)
-    if unknown:
-        raise TypeError(f"{unknown[0]} is no option of method={method!r}, which has {', '.join(sorted(valid))}")
-    if "steps" in given and isinstance(given["steps"], str):
-        _check.choice("steps", given["steps"], ("auto",))
-    if "grid" in given:
-        _check.whole("grid", given["grid"], "a whole number of pixels >= 1 (long side)", least=1)
-    stages = []
-    for name in names:
-        options = {key: given.get(key, default) for key, default in _METHODS[name].items()}
-        if name == "affinity":
-            stages.append(_Stage(name, _check_features, lambda x, _: tuple(x.shape[-2:]), _run_affinity, options))
-        else:
-            stages.append(_Stage(name, check_picture, _image_grid, _run_image, options))
-    return stages
 
 
 def _check_normalize(normalize: object) -> None:
@@ -200,7 +114,7 @@ def _refine_list(
     labels: Any,
     guide: Any,
     background: Any,
-    stages: list[_Stage],
+    stages: list[Stage],
     size: str | Size | None,
     normalize: str | None,
 ) -> list[Tensor]:
@@ -266,7 +180,7 @@ def _refine_tensor(
     labels: Any,
     guide: Any,
     background: Any,
-    stages: list[_Stage],
+    stages: list[Stage],
     size: str | Size | None,
     normalize: str | None,
 ) -> Tensor:
@@ -307,7 +221,7 @@ def _refine_tensor(
     for stage in stages:
         maps = _run(stage, maps, feats)
     if guide is not None:
-        maps = _run(_Stage("guide", check_picture, _image_grid, _run_guide, _METHODS["image"]), maps, guide)
+        maps = _run(GUIDE, maps, guide)
     maps = _normalized(_bilinear(maps, target), normalize)
     if positions is not None:
         maps = _dense(maps, positions, channels, alphas is not None)
@@ -327,16 +241,14 @@ def _with_batch(name: str, value: Any, single: bool, dims: int) -> Tensor:
 
 
 def _target_size(size: str | Size | None, cams: Tensor, feats: Tensor, guide: Tensor | None) -> Size:
-    if size is None:
-        return tuple(cams.shape[-2:])
-    if size == "feats":
-        return tuple(feats.shape[-2:])
-    if size == "guide":
-        if guide is None:
-            raise ValueError('size must not be "guide" without a guide, got size="guide" and guide=None')
-        return tuple(guide.shape[-2:])
+    like = cams if size is None else feats if size == "feats" else guide
+    if size == "guide" and guide is None:
+        raise ValueError('size must not be "guide" without a guide, got size="guide" and guide=None')
+    if size is None or isinstance(size, str):
+        assert like is not None
+        return like.shape[-2], like.shape[-1]
     height, width = size
-    return int(height), int(width)
+    return height, width
 
 
 def _warn_negative(maps: Tensor) -> None:
@@ -381,7 +293,7 @@ def _background_map(maps: Tensor, alphas: list[float]) -> Tensor:
     return (1 - strongest).clamp(min=0) ** exponent
 
 
-def _run(stage: _Stage, maps: Tensor, feats: Tensor) -> Tensor:
+def _run(stage: Stage, maps: Tensor, feats: Tensor) -> Tensor:
     grid = stage.grid(feats, stage.options)
     return stage.run(_resized(maps, grid), feats, grid, stage.options)
 

@@ -9,8 +9,7 @@ namespace wsss {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(size_t count)
-      : data_(static_cast<T*>(::operator new(count * sizeof(T) + 1, std::align_val_t(64)))) {}
+  explicit Buffer(size_t count) : data_(static_cast<T*>(::operator new(count * sizeof(T) + 1, std::align_val_t(64)))) {}
   T* get() const { return data_.get(); }
 
  private:

@@ -4,9 +4,7 @@
 
 namespace wsss {
 
-const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
-}
+const char* isa_name(Isa isa) { return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline"; }
 
 static Isa best_isa() {
 #ifdef WSSS_X86_KERNELS
@@ -29,8 +27,9 @@ static Isa chosen_isa() {
   for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
     if (isa <= best && std::string(wanted) == isa_name(isa)) return isa;
   }
-  throw std::runtime_error("WSSS_CPU_ISA must be baseline, avx2 or avx512 and no more than this processor and build offer (" +
-                           std::string(isa_name(best)) + "), got " + wanted);
+  throw std::runtime_error(
+      "WSSS_CPU_ISA must be baseline, avx2 or avx512 and no more than this processor and build offer (" +
+      std::string(isa_name(best)) + "), got " + wanted);
 }
 
 Isa cpu_isa() {

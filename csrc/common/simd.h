@@ -15,7 +15,6 @@
 #error "only for the kernel files that CMakeLists.txt compiles once per instruction set"
 #endif
 
-
 namespace wsss {
 namespace WSSS_ISA {
 

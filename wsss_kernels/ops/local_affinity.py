@@ -77,9 +77,7 @@ _dispatch.LIBRARY.define(
 )
 
 
-def _local_affinity_cpu(
-    feats: Tensor, radius: int, cosine: bool, scale: float, cropped: bool
-) -> tuple[Tensor, Tensor]:
+def _local_affinity_cpu(feats: Tensor, radius: int, cosine: bool, scale: float, cropped: bool) -> tuple[Tensor, Tensor]:
     assert _dispatch.native is not None
     batch, dim, height, width = feats.shape
     x = _dispatch.as_kernel_input(feats)

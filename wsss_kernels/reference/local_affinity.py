@@ -60,7 +60,7 @@ def local_affinity(
         mean = torch.where(mean == 0, torch.ones_like(mean), mean).to(value.dtype).detach()
         affinity = torch.exp(-distance / mean[:, None, None, None])
     elif metric == "l1":
-        affinity = torch.exp(-value / scale)
+        affinity = torch.exp(-value / float(scale))
     else:
         affinity = value.clamp(min=0)
     exists = pair_exists(height, width, radius, border, x.device)

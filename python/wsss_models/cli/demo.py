@@ -29,6 +29,7 @@ BLUR = 1.0  # cells, standard deviation of the blur: how far a CAM is smeared
 POINT = 1 / 40  # standard deviation of a clicked point's seed, as a share of the picture's long side
 COLUMNS = ("photograph", "seed", "refined map", "label")
 COLOUR = (0, 230, 140)
+REPEATS = 5
 DENSE_GRID = (47, 63)  # what the published walk has for a picture of 375 x 500
 
 T = TypeVar("T")
@@ -75,6 +76,7 @@ def _photographs(compare: bool) -> Image.Image:
     print(f"{len(SCENES)} objects; strokes by hand ({BRUSH} pixels wide), seen as a CAM shows them: cells of {STRIDE}")
     print(f"pixels, blurred by {BLUR:g} cell. The same for every photograph, with the defaults:")
     print('maps = refine_cams(seed, photograph, method="image"); label = labels_from_maps(maps)')
+    print(f"Times: the shortest of {REPEATS}, {torch.get_num_threads()} threads.")
     print()
     print(f"{'object':<24}{'photograph':>12}{'strokes':>16}{'refine':>11}{'label':>10}")
     rows = []
@@ -209,7 +211,7 @@ def _against_dense(photograph: np.ndarray) -> str:
     )
 
 
-def _timed(call: Callable[[], T], repeats: int = 3) -> tuple[T, float]:
+def _timed(call: Callable[[], T], repeats: int = REPEATS) -> tuple[T, float]:
     """Result and the shortest of `repeats` times, in seconds."""
     shortest = float("inf")
     for _ in range(repeats):

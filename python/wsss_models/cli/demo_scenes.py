@@ -108,7 +108,7 @@ SCENES = (
             ((375, 215), (385, 225)),
             ((440, 215), (430, 220)),
         ),
-        "A failure: the white model has the colours of the wall, and the walk on colours runs out into it. Here the "
-        "features of a network help: refine_cams(cams, feats, guide=picture), or wsss refine --feats DIR.",
+        "A failure: the white model has the colours of the wall, and the walk on colours runs out into it. Such objects"
+        " need the features of a network: refine_cams(cams, feats, guide=picture), or wsss refine --feats DIR.",
     ),
 )

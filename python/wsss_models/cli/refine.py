@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import os
 import time
 import warnings
 from collections import deque
@@ -27,7 +29,9 @@ from wsss_models.data.folder import inside, list_files, parse_shard, read_ids, s
 
 A = TypeVar("A")
 B = TypeVar("B")
+Work = tuple[Job, "Future[bool]"]  # done when the picture is written; its result: were there negative scores
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_OF_THE_PICTURE = (ValueError, TypeError, RuntimeError, OSError, MemoryError)  # name it and go on
 
 
 class DiskFullError(Exception):
@@ -71,9 +75,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ids", type=Path, metavar="FILE", help="refine only these: one id (path without suffix) a line")
     add("--shard", default="0/1", metavar="i/n", help="refine every n-th picture from the i-th on, i = 0..n-1")
     add("--device", default="cpu", metavar="cpu|cuda")
-    add("--batch", type=int, default=8, metavar="N", help="pictures at a time (on a CPU: read ahead)")
-    add("--workers", type=int, default=2, metavar="N", help="threads that read and write files")
+    add("--batch", type=int, default=8, metavar="N", help="pictures refined together on a GPU")
+    add(
+        "--workers",
+        type=int,
+        default=_workers(),
+        metavar="N",
+        help="CPU: pictures in work at the same time; GPU: threads that read and write; default: the cores, at most 16",
+    )
     add("--strict", action="store_true", help="stop at the first picture that fails instead of finishing the rest")
+
+
+def _workers() -> int:
+    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -85,7 +99,6 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     maps_root = _folders(arguments)
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused with a message of our own
-    warnings.filterwarnings("ignore", message="negative values in cams")  # counted once, below
 
     start = time.monotonic()
     pictures = list_files(arguments.images, files.PICTURE_SUFFIXES)
@@ -100,28 +113,43 @@ def run(arguments: argparse.Namespace) -> int:
     print(_announcement(settings, len(names), device), flush=True)
 
     tally = Tally()
-    with Progress(len(names)) as progress, ThreadPoolExecutor(arguments.workers) as pool:
+    with Progress(len(names)) as progress, ThreadPoolExecutor(arguments.workers) as pool, _threads_of_torch(device):
         failed = Failures(progress, arguments.strict, tally)
-        writes: deque[tuple[Job, Future[None]]] = deque()
+        pending: deque[Work] = deque()
         try:
             jobs = _jobs(names, pictures, arguments, maps_root, settings, failed, tally)
-            items = _prefetched(pool, jobs, lambda job: read(job, arguments.num_classes), 2 * arguments.batch, failed)
-            for batch in _batches(items, arguments.batch if device.type != "cpu" else 1):
-                for job, label, maps, class_ids in _refine(batch, settings, device, failed):
-                    writes.append((job, pool.submit(write, job, label, maps, class_ids)))
-                while len(writes) > 2 * arguments.batch:
-                    _finish(writes.popleft(), failed, tally)
-            while writes:
-                _finish(writes.popleft(), failed, tally)
-        except StrictError:
-            progress.say("stopped at the first failure (--strict)")
-            tally.written += sum(future.exception() is None for _, future in writes)
-        except DiskFullError as error:
+            depth = 2 * (arguments.workers if device.type == "cpu" else arguments.batch)
+            if device.type == "cpu":
+                work = _whole_pictures(pool, jobs, settings, arguments.num_classes)
+            else:
+                work = _batched(pool, jobs, settings, arguments, device, failed)
+            for entry in work:
+                pending.append(entry)
+                while len(pending) > depth:
+                    _finish(pending.popleft(), failed, tally)
+            while pending:
+                _finish(pending.popleft(), failed, tally)
+        except (StrictError, DiskFullError) as error:
+            progress.say(str(error))
             pool.shutdown(cancel_futures=True)
-            progress.say(f"error: {error}. What is finished is kept: make room, then run the same command again.")
-            tally.failed += 1
+            finished = [f for _, f in pending if not f.cancelled() and f.exception() is None]
+            tally.written += len(finished)
     print(f"{tally} in {time.monotonic() - start:.1f} s; labels in {shown(arguments.out)}")
+    if tally.negative:
+        print(f"{tally.negative} with negative scores, which count as 0 (if these are logits, their ReLU is meant)")
     return SOME_FAILED if tally.failed else DONE
+
+
+@contextlib.contextmanager
+def _threads_of_torch(device: torch.device) -> Iterator[None]:
+    """On a CPU one thread a picture, and a picture for every core: nothing waits for anything, whatever else runs."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass
@@ -129,6 +157,7 @@ class Tally:
     written: int = 0
     kept: int = 0
     failed: int = 0
+    negative: int = 0  # pictures with scores below 0
 
     def __str__(self) -> str:
         kept = f", {self.kept} already done" if self.kept else ""
@@ -150,7 +179,7 @@ class Failures:
         self.progress.add()
         self.progress.say(f"failed: {shown(name)}: {reason}")
         if self._strict:
-            raise StrictError
+            raise StrictError("stopped at the first failure (--strict)")
 
 
 def _or_usage_error(parse: Callable[[A], B], value: A) -> B:
@@ -260,50 +289,81 @@ def _jobs(
             yield job
 
 
-def _prefetched(
-    pool: ThreadPoolExecutor, jobs: Iterator[Job], read: Callable[[Job], Item], depth: int, failed: Failures
+def _whole_pictures(
+    pool: ThreadPoolExecutor, jobs: Iterator[Job], settings: Settings, num_classes: int
+) -> Iterator[Work]:
+    """A picture is read, refined and written by one thread."""
+
+    def process(job: Job) -> bool:
+        item = read(job, num_classes)
+        write(*refine_together([item], settings, torch.device("cpu"))[0])
+        return item.negative
+
+    for job in jobs:
+        yield job, pool.submit(process, job)
+
+
+def _batched(
+    pool: ThreadPoolExecutor,
+    jobs: Iterator[Job],
+    settings: Settings,
+    arguments: argparse.Namespace,
+    device: torch.device,
+    failed: Failures,
+) -> Iterator[Work]:
+    """The pool reads ahead and writes; what it has read goes to the GPU in batches."""
+
+    def save(item: Item, refined: Refined) -> bool:
+        write(*refined)
+        return item.negative
+
+    items = _read_ahead(pool, jobs, arguments.num_classes, 2 * arguments.batch, failed)
+    while batch := list(islice(items, arguments.batch)):
+        for item, refined in _refine(batch, settings, device, failed):
+            yield item.job, pool.submit(save, item, refined)
+
+
+def _read_ahead(
+    pool: ThreadPoolExecutor, jobs: Iterator[Job], num_classes: int, depth: int, failed: Failures
 ) -> Iterator[Item]:
-    """Items in order, `depth` of them read ahead."""
     waiting: deque[tuple[Job, Future[Item]]] = deque()
     while True:
-        waiting.extend((job, pool.submit(read, job)) for job in islice(jobs, depth - len(waiting)))
+        waiting.extend((job, pool.submit(read, job, num_classes)) for job in islice(jobs, depth - len(waiting)))
         if not waiting:
             return
         job, future = waiting.popleft()
         try:
             item = future.result()
-        except (ValueError, OSError, MemoryError) as error:
+        except _OF_THE_PICTURE as error:
             failed(job.name, str(error) or "not enough memory")
         else:
             yield item
 
 
-def _batches(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    """On a CPU one at a time: a picture fills it, and its last bit cannot depend on the others of a resumed run."""
-    while batch := list(islice(items, size)):
-        yield batch
-
-
-def _refine(batch: list[Item], settings: Settings, device: torch.device, failed: Failures) -> list[Refined]:
+def _refine(
+    batch: list[Item], settings: Settings, device: torch.device, failed: Failures
+) -> list[tuple[Item, Refined]]:
     """The whole batch at once; where that fails, one by one to find the culprit."""
     try:
-        return refine_together(batch, settings, device)
-    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        return list(zip(batch, refine_together(batch, settings, device), strict=True))
+    except _OF_THE_PICTURE as error:
         if len(batch) == 1:
             failed(batch[0].job.name, str(error) or "not enough memory")
             return []
-    return [refined for item in batch for refined in _refine([item], settings, device, failed)]
+    return [pair for item in batch for pair in _refine([item], settings, device, failed)]
 
 
-def _finish(write: tuple[Job, Future[None]], failed: Failures, tally: Tally) -> None:
-    job, future = write
+def _finish(work: Work, failed: Failures, tally: Tally) -> None:
+    job, future = work
     try:
-        future.result()
-    except OSError as error:
-        if error.errno in _FULL:
-            raise DiskFullError(f"the disk is full ({error.strerror}) at {shown(job.label)}") from None
-        failed(job.name, error)
-    except (ValueError, MemoryError) as error:
+        tally.negative += future.result()
+    except _OF_THE_PICTURE as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            tally.failed += 1
+            raise DiskFullError(
+                f"error: the disk is full ({error.strerror}) at {shown(job.label)}. "
+                "What is finished is kept: make room, then run the same command again."
+            ) from None
         failed(job.name, str(error) or "not enough memory")
     else:
         tally.written += 1

@@ -64,6 +64,7 @@ class Item:
     class_ids: np.ndarray  # [k] int64
     cams: Tensor  # [k, h, w] float32
     feats: Tensor | None  # [D, h', w'] float32
+    negative: bool  # scores below 0 were there, and are 0 now
 
 
 Refined = tuple[Job, np.ndarray, np.ndarray, np.ndarray]  # label [H, W] uint8, maps [k, H, W] float32, class_ids [k]
@@ -73,44 +74,45 @@ def read(job: Job, num_classes: int) -> Item:
     class_ids, cams = files.read_maps(job.cams, num_classes=num_classes)
     feats = None if job.feats is None else torch.from_numpy(files.read_features(job.feats))
     picture = torch.from_numpy(files.read_picture(job.picture)).permute(2, 0, 1)
-    return Item(job, picture, class_ids, torch.from_numpy(cams), feats)
+    negative = bool((cams < 0).any())
+    return Item(job, picture, class_ids, torch.from_numpy(cams.clip(0)), feats, negative)
 
 
 @torch.inference_mode()
 def refine_together(batch: list[Item], settings: Settings, device: torch.device) -> list[Refined]:
-    done: list[Refined] = []
-    with_classes = []
-    for item in batch:
-        if len(item.class_ids):
-            with_classes.append(item)
-        else:  # no class: background everywhere
-            height, width = _label_size(item, settings.size)
-            empty = np.zeros((0, height, width), dtype=np.float32)
-            done.append((item.job, np.zeros((height, width), dtype=np.uint8), empty, item.class_ids))
-    if not with_classes:
-        return done
-    pictures = [item.picture.to(device) for item in with_classes]
+    """In the order of the batch. Sizes may differ; a picture without classes is background everywhere."""
+    items = [item for item in batch if len(item.class_ids)]
+    if not items:
+        return [_background(item, settings.size) for item in batch]
+    pictures = [item.picture.to(device) for item in items]
+    feats, guide, of_picture = pictures, None, "feats"
     if settings.uses_features:
-        feats, guide = [item.feats.to(device) for item in with_classes], pictures  # type: ignore[union-attr]
-        size = {"image": "guide", "cams": None}.get(settings.size, settings.size)  # type: ignore[arg-type]
-    else:
-        feats, guide = pictures, None
-        size = {"image": "feats", "cams": None}.get(settings.size, settings.size)  # type: ignore[arg-type]
+        feats, guide, of_picture = (
+            [item.feats.to(device) for item in items if item.feats is not None],
+            pictures,
+            "guide",
+        )
+    size = {"image": of_picture, "cams": None}[settings.size] if isinstance(settings.size, str) else settings.size
     method = settings.method if len(settings.method) > 1 else settings.method[0]
-    cams = [item.cams.to(device) for item in with_classes]
+    cams = [item.cams.to(device) for item in items]
     maps = wk.refine_cams(cams, feats, method=method, guide=guide, size=size)
-    ids = [item.class_ids.tolist() for item in with_classes]
+    ids = [item.class_ids.tolist() for item in items]
     labels = wk.labels_from_maps(maps, background=settings.background, class_ids=ids)
-    for item, m, label in zip(with_classes, maps, labels, strict=True):
-        done.append((item.job, label.to(torch.uint8).cpu().numpy(), m.cpu().numpy(), item.class_ids))
-    return done
+    done = {
+        id(item): (item.job, label.to(torch.uint8).cpu().numpy(), m.cpu().numpy(), item.class_ids)
+        for item, m, label in zip(items, maps, labels, strict=True)
+    }
+    return [done[id(item)] if id(item) in done else _background(item, settings.size) for item in batch]
 
 
-def _label_size(item: Item, size: str | tuple[int, int]) -> tuple[int, int]:
+def _background(item: Item, size: str | tuple[int, int]) -> Refined:
     if isinstance(size, tuple):
-        return size
-    given = item.cams.shape[-2:]
-    return tuple(given) if size == "cams" and 0 not in given else tuple(item.picture.shape[-2:])  # type: ignore[return-value]
+        height, width = size
+    else:
+        given = item.cams.shape[-2:]
+        height, width = given if size == "cams" and 0 not in given else item.picture.shape[-2:]
+    label = np.zeros((height, width), dtype=np.uint8)
+    return item.job, label, np.zeros((0, height, width), dtype=np.float32), item.class_ids
 
 
 def write(job: Job, label: np.ndarray, maps: np.ndarray, class_ids: np.ndarray) -> None:

@@ -1,0 +1,98 @@
+"""Shapes, options, dtypes and memory formats drawn at random, forward and backward, against float64.
+
+WSSS_SWEEP_SEED repeats a run; the seed stands in every failure.
+"""
+
+import os
+import random
+
+import pytest
+import torch
+
+import wsss_kernels as wk
+from wsss_kernels import _dispatch
+
+SEED = int(os.environ.get("WSSS_SWEEP_SEED", random.SystemRandom().randrange(10**6)))
+CASES = 100  # of each op
+BLOCK = 10
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def odd_format(draw: random.Random, x: torch.Tensor) -> torch.Tensor:
+    kind = draw.choice(["contiguous", "contiguous", "channels_last", "transposed", "every second", "offset"])
+    if kind == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if kind == "transposed":
+        return x.mT.contiguous().mT
+    if kind == "every second":
+        return x.repeat_interleave(2, dim=-1)[..., ::2]
+    if kind == "offset":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    return x
+
+
+def draw_sizes(draw: random.Random) -> tuple[int, int, int]:
+    side = draw.choice([3, 9, 20, 40])
+    return draw.choice([0, 1, 1, 1, 2, 3, 5]), draw.randint(draw.randint(0, 1), side), draw.randint(1, side)
+
+
+def in_reference(dtype: torch.dtype) -> bool:
+    """The reference takes no map without rows (test_random_walk.py: test_reference_of_nothing)."""
+    return dtype == torch.float64 or _dispatch.native is None
+
+
+def check(name, actual, expected, dtype, assert_close, case, tol=0.0):
+    error = assert_close.error(actual, expected)
+    allowed = max(TOLERANCE[dtype], tol)
+    assert error <= allowed, f"WSSS_SWEEP_SEED={SEED}: {name} is off by {error:.2e} (allowed {allowed:.0e}) in {case}"
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_random_walk(first, oracle, assert_close, nan_filled):
+    for i in range(first, first + BLOCK):
+        draw = random.Random(f"walk {SEED} {i}")
+        torch.manual_seed(draw.randrange(2**31))
+        batch, height, width = draw_sizes(draw)
+        channels, radius, dtype = draw.randint(0, 12), draw.randint(1, 9), draw.choice(list(TOLERANCE))
+        height = height or in_reference(dtype)
+        options = {
+            "radius": radius,
+            "beta": draw.choice([0.5, 1, 2, 8.0, 10, 3.3]),
+            "steps": draw.choice([0, 1, 2, 5, 16, 31, 64, 128]) if dtype != torch.float64 else draw.randint(0, 6),
+        }
+        solver, tol = draw.choice(["power", "chebyshev", "auto"]), draw.choice([1e-2, 1e-3, 1e-4, 1e-5])
+        maps = torch.randn(batch, channels, height, width).to(dtype)
+        affinity = torch.rand(batch, len(oracle.offsets(radius)), height, width)
+        affinity = affinity.where(affinity > draw.choice([0, 0.5]), 0).to(dtype)
+        maps, affinity = odd_format(draw, maps), odd_format(draw, affinity)
+        case = {"shape": list(maps.shape), "dtype": dtype, "solver": solver, "tol": tol, "case": i} | options
+        out = wk.random_walk(maps, affinity, **options, solver=solver, tol=tol)
+        assert out.dtype == dtype, case
+        expected = oracle.walk(maps, affinity, **options)
+        largest = maps.double().abs().amax().item() / max(expected.abs().amax().item(), 1e-30) if maps.numel() else 1
+        check("result", out, expected, dtype, assert_close, case, (1e-5 if solver == "power" else tol + 1e-6) * largest)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_local_affinity(first, oracle, assert_close, nan_filled):
+    for i in range(first, first + BLOCK):
+        draw = random.Random(f"affinity {SEED} {i}")
+        torch.manual_seed(draw.randrange(2**31))
+        batch, height, width = draw_sizes(draw)
+        dim, radius, dtype = draw.choice([1, 2, 3, 7, 16, 31, 33, 70]), draw.randint(1, 16), draw.choice(list(TOLERANCE))
+        metric = draw.choice(["l1", "cosine"]) if dim > 1 else "l1"
+        height = height or in_reference(dtype)
+        scale, border = draw.choice([0.3, 1.0, 2.0, "auto"]), draw.choice(["full", "full", "cropped"])
+        feats = odd_format(draw, torch.randn(batch, dim, height, width).to(dtype)).requires_grad_()
+        case = {"shape": list(feats.shape), "dtype": dtype, "radius": radius, "metric": metric, "scale": scale,
+                "border": border, "case": i}  # fmt: skip
+        out = wk.local_affinity(feats, radius, metric=metric, scale=scale, border=border)
+        assert out.dtype == dtype and out.is_contiguous(), case
+        exact = feats.detach().double().requires_grad_()
+        expected = oracle.affinity(exact, radius, metric, scale, border)
+        check("result", out, expected, dtype, assert_close, case)
+        upstream = torch.randn(out.shape).to(dtype)
+        if radius > 1 and expected.requires_grad:
+            grad = torch.autograd.grad(out, feats, upstream)[0]
+            wanted = torch.autograd.grad(expected, exact, upstream.double())[0]
+            check("gradient", grad, wanted, dtype, assert_close, case)
