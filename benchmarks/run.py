@@ -112,13 +112,11 @@ def findings(rows: list[Row], cases: dict[str, Case]) -> str:
 def write(rows: list[Row], folder: Path = RESULTS) -> list[Path]:
     """Appends to <op>--<machine>.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = {}
-    for row in rows:
-        path = folder / f"{row['op']}--{machine_slug(row)}.jsonl"
+    paths = [folder / f"{row['op']}--{machine_slug(row)}.jsonl" for row in rows]
+    for path, row in zip(paths, rows, strict=True):
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        written[path] = None
-    return list(written)
+    return list(dict.fromkeys(paths))
 
 
 def _groups(text: list[str]) -> list[str]:
@@ -151,13 +149,17 @@ def main(argv: list[str] | None = None) -> int:
     rounds = options.rounds or (5 if options.quick else 15)
     budget = 0.6 if options.quick else 2.0
     rows: list[Row] = []
+    written: list[Path] = []
     for number, case in enumerate(cases.values(), 1):
         start = time.perf_counter()
         print(f"[{number}/{len(cases)}] {case.name}", end="", file=sys.stderr, flush=True)
-        rows += run_case(case, place, rounds=rounds, budget=budget, full=options.full, memory=case.unit != "us")
+        new = run_case(case, place, rounds=rounds, budget=budget, full=options.full, memory=case.unit != "us")
+        rows += new
+        written += write(new) if options.write else []  # at once: what comes later may be interrupted
         print(f": {time.perf_counter() - start:.1f} s", file=sys.stderr)
     if "overhead" in only:
         rows.append(import_row(place))
+        written += write(rows[-1:]) if options.write else []
     rows.sort(key=lambda row: GROUPS.index(row["group"]))
 
     print(
@@ -169,8 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     found = findings(rows, cases)
     if found:
         print(f"\n### findings\n\n{found}")
-    if options.write:
-        print("\nwritten:", *(path.name for path in write(rows)))
+    if written:
+        print("\nwritten:", *dict.fromkeys(path.name for path in written))
     return 1 if any(row["status"].startswith("wrong") for row in rows) else 0
 
 

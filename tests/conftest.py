@@ -58,7 +58,9 @@ def native_or_told_so():
     assert not fallen_back, f"these run no native kernel on the CPU: {fallen_back}"
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
 def device(request) -> torch.device:
     return torch.device(request.param)
 
@@ -226,7 +228,9 @@ class Oracle:
             degree = torch.zeros(pixels, dtype=torch.float64).index_add(0, rows, value)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                p = torch.sparse_coo_tensor(torch.stack([rows, columns]), value / degree[rows], (pixels, pixels)).to_sparse_csr()
+                p = torch.sparse_coo_tensor(
+                    torch.stack([rows, columns]), value / degree[rows], (pixels, pixels)
+                ).to_sparse_csr()
             y = x.flatten(1).T.contiguous()
             for _ in range(steps):
                 y = p @ y

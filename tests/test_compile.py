@@ -2,12 +2,22 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import wsss_kernels as wk
 
 OPS = torch.ops.wsss_kernels
-SIZES = [(1, 4, 9, 11), (2, 4, 9, 11), (1, 4, 20, 13), (3, 4, 7, 7), (2, 4, 16, 30), (1, 4, 31, 8), (4, 4, 12, 12), (2, 4, 5, 6)]
+SIZES = [
+    (1, 4, 9, 11),
+    (2, 4, 9, 11),
+    (1, 4, 20, 13),
+    (3, 4, 7, 7),
+    (2, 4, 16, 30),
+    (1, 4, 31, 8),
+    (4, 4, 12, 12),
+    (2, 4, 5, 6),
+]
 
 
 def rand(*shape, seed=0):
@@ -71,7 +81,7 @@ def test_options_of_a_compiled_call():
 
 
 def test_refusals_of_a_compiled_call():
-    compiled = torch.compile(lambda x: wk.local_affinity(x), dynamic=True, backend="eager")
+    compiled = torch.compile(wk.local_affinity, dynamic=True, backend="eager")
     with pytest.raises(Exception, match="feats must be"):
         compiled(rand(1, 4, 9))
 
@@ -79,7 +89,7 @@ def test_refusals_of_a_compiled_call():
 def test_inductor(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     compiled = torch.compile(refine, fullgraph=True, dynamic=True)
-    for size in SIZES[:2]:
+    for size in SIZES[2:3]:
         inputs = [rand(*size).requires_grad_(), rand(size[0], 3, *size[2:], seed=1).requires_grad_()]
         expected, out = refine(*inputs), compiled(*inputs)
         torch.testing.assert_close(out, expected)
@@ -267,7 +277,9 @@ def test_second_derivatives_are_right_or_refused():
     maps, affinity = MAPS[0].clone().requires_grad_(), AFFINITY.clone().requires_grad_()
 
     def second(maps, affinity):
-        first = torch.autograd.grad(wk.random_walk(maps, affinity, steps=3).square().sum(), affinity, create_graph=True)[0]
+        first = torch.autograd.grad(
+            wk.random_walk(maps, affinity, steps=3).square().sum(), affinity, create_graph=True
+        )[0]
         return torch.autograd.grad(first.square().sum(), maps)[0]
 
     exact = [t.detach().double().requires_grad_() for t in (maps, affinity)]

@@ -253,7 +253,9 @@ def test_bad_values_stay_in_their_image(metric, scale, poison):
 @pytest.mark.parametrize("metric, scale", VARIANTS)
 def test_layouts(layout, metric, scale):
     feats = layout(rand(2, 6, 11, 13))
-    expected = wk.local_affinity(feats.clone(memory_format=torch.contiguous_format).resolve_neg(), metric=metric, scale=scale)
+    expected = wk.local_affinity(
+        feats.clone(memory_format=torch.contiguous_format).resolve_neg(), metric=metric, scale=scale
+    )
     out = wk.local_affinity(feats, metric=metric, scale=scale)
     assert torch.equal(out, expected) and out.is_contiguous()
 
@@ -327,7 +329,9 @@ def test_gradient_of_ties_is_zero():
 
 @pytest.mark.native
 @pytest.mark.xfail(reason="the kernel's slope of max(cos, 0) at 0 is 0, the reference's is 1")
-@pytest.mark.parametrize("pixels", [((1.0, 0.0), (0.0, 1.0)), ((1.0, 0.0), (0.0, 0.0))], ids=["orthogonal", "zero vector"])
+@pytest.mark.parametrize(
+    "pixels", [((1.0, 0.0), (0.0, 1.0)), ((1.0, 0.0), (0.0, 0.0))], ids=["orthogonal", "zero vector"]
+)
 def test_kernel_and_reference_agree_where_the_cosine_is_zero(pixels):
     feats, upstream = torch.tensor(pixels).T.reshape(1, 2, 1, 2), torch.ones(1, 34, 1, 2)
     native = gradient(wk.local_affinity, feats, upstream, metric="cosine")

@@ -203,7 +203,9 @@ def test_a_map_twice_is_walked_alike(walk):
 
 @given(walks(max_steps=300), st.sampled_from([1e-1, 1e-2, 1e-3, 1e-4, 1e-6]))
 def test_solvers_agree_within_tol(walk, tol):
-    exact = wk.random_walk(walk.maps.double(), walk.affinity.double(), **walk.options | {"steps": walk.options["steps"] % 20})
+    exact = wk.random_walk(
+        walk.maps.double(), walk.affinity.double(), **walk.options | {"steps": walk.options["steps"] % 20}
+    )
     out = run(walk, steps=walk.options["steps"] % 20, tol=tol)
     allowed = (max(tol, 1e-5) + 1e-6) * walk.maps.amax((2, 3), keepdim=True)  # the reference ignores a smaller tol
     assert ((out - exact).abs() <= allowed).all()
@@ -252,7 +254,9 @@ def test_automatic_scale_ignores_powers_of_two(feats, radius, power, metric):
 @given(features(), radii, st.sampled_from([1e-3, 1e3]))
 def test_automatic_scale_ignores_the_unit(feats, radius, unit):
     expected = wk.local_affinity(feats, radius, scale="auto")
-    assert (wk.local_affinity(feats * unit, radius, scale="auto") - expected).abs().sum() <= 1e-5 * max(1, expected.numel())
+    assert (wk.local_affinity(feats * unit, radius, scale="auto") - expected).abs().sum() <= 1e-5 * max(
+        1, expected.numel()
+    )
 
 
 @given(features(), radii, st.floats(0.1, 10))
@@ -264,7 +268,9 @@ def test_the_scale_divides_the_distance(feats, radius, scale):
 @given(features(), radii, SEEDS)
 def test_cosine_ignores_the_length_of_every_pixel(feats, radius, seed):
     lengths = torch.rand(feats.shape[0], 1, *feats.shape[2:], generator=generator(seed)) * 1000 + 1e-3
-    difference = wk.local_affinity(feats * lengths, radius, metric="cosine") - wk.local_affinity(feats, radius, metric="cosine")
+    difference = wk.local_affinity(feats * lengths, radius, metric="cosine") - wk.local_affinity(
+        feats, radius, metric="cosine"
+    )
     assert (difference.abs() <= 1e-5).all()
 
 

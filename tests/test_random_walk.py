@@ -71,7 +71,7 @@ def test_published_algorithm(border, solver, tol, scenes, assert_close):
 
 
 def test_isolated_border_nodes_keep_their_value():
-    """"cropped" leaves 10 corner pixels of a 56x56 map without links."""
+    """ "cropped" leaves 10 corner pixels of a 56x56 map without links."""
     affinity, maps = wk.local_affinity(torch.zeros(1, 1, 56, 56), border="cropped"), rand(1, 2, 56, 56)
     corners = [(0, 0), (0, 1), (0, 2), (0, 3)]
     for solver in SOLVERS:
@@ -164,7 +164,15 @@ def awkward_maps(scenes, height, width, seed):
     corner = torch.zeros(height, width)
     corner[0, 0] = 1
     noise = rand(height, width, seed=seed)
-    planes = [spike, corner, 1.0 - 2.0 * ((x + y) % 2), 1.0 - 2.0 * (x % 2), noise, noise.round() * 2 - 1, torch.ones(height, width)]
+    planes = [
+        spike,
+        corner,
+        1.0 - 2.0 * ((x + y) % 2),
+        1.0 - 2.0 * (x % 2),
+        noise,
+        noise.round() * 2 - 1,
+        torch.ones(height, width),
+    ]
     return torch.cat([torch.stack(planes)[None], scenes.maps(1, 2, height, width, seed)], dim=1)
 
 
@@ -200,7 +208,9 @@ def loses_small_steps(steps, tol):
 @pytest.mark.parametrize(
     "every", [False, pytest.param(True, marks=pytest.mark.release)], ids=["some tolerances", "every tolerance"]
 )
-@pytest.mark.parametrize("radius, beta, size", [(5, 8.0, (17, 19)), (2, 1.0, (3, 61)), (10, 10.0, (12, 13)), (3, 2.5, (40, 1))])
+@pytest.mark.parametrize(
+    "radius, beta, size", [(5, 8.0, (17, 19)), (2, 1.0, (3, 61)), (10, 10.0, (12, 13)), (3, 2.5, (40, 1))]
+)
 def test_chebyshev_keeps_tol(radius, beta, size, every, oracle, scenes):
     worst, at = 0.0, None
     turn = 0
@@ -215,7 +225,9 @@ def test_chebyshev_keeps_tol(radius, beta, size, every, oracle, scenes):
                     if loses_small_steps(steps, tol):
                         continue
                     for solver in ("chebyshev", "auto") if every else ("auto" if turn % 7 == 0 else "chebyshev",):
-                        out = wk.random_walk(maps, affinity, radius=radius, beta=beta, steps=steps, solver=solver, tol=tol)
+                        out = wk.random_walk(
+                            maps, affinity, radius=radius, beta=beta, steps=steps, solver=solver, tol=tol
+                        )
                         ratio = error_of_tolerance(out, expected, maps, tol)
                         if ratio > worst:
                             worst, at = ratio, (name, steps, tol, solver, seed)
@@ -323,11 +335,15 @@ def test_half_precision_extremes(size):
 def test_every_beta(beta, oracle, assert_close):
     maps, affinity = rand(1, 3, 9, 17), rand(1, 34, 9, 17, seed=1)
     affinity[affinity < 0.2] = 0  # no link, with beta = 0 too
-    assert_close(wk.random_walk(maps, affinity, beta=beta, steps=20, solver="power"), oracle.walk(maps, affinity, beta=beta, steps=20))
+    assert_close(
+        wk.random_walk(maps, affinity, beta=beta, steps=20, solver="power"),
+        oracle.walk(maps, affinity, beta=beta, steps=20),
+    )
 
 
 @pytest.mark.parametrize(
-    "beta", [1e3, 1e30, pytest.param(1e39, marks=pytest.mark.xfail(NATIVE, reason="beta overflows float32: inf * log2(1)"))]
+    "beta",
+    [1e3, 1e30, pytest.param(1e39, marks=pytest.mark.xfail(NATIVE, reason="beta overflows float32: inf * log2(1)"))],
 )
 def test_huge_beta_keeps_links_of_exactly_one(beta, oracle, assert_close):
     maps, affinity = rand(1, 3, 9, 17), rand(1, 34, 9, 17, seed=1) * 0.9
@@ -361,9 +377,7 @@ def test_what_leads_outside_is_ignored(oracle, assert_close):
         assert torch.equal(out, wk.random_walk(maps, torch.where(inside, affinity, 0.5), steps=20))
 
 
-@pytest.mark.parametrize(
-    "anything", [1e30, pytest.param(math.nan, marks=pytest.mark.xfail(NATIVE, reason="0 * NaN"))]
-)
+@pytest.mark.parametrize("anything", [1e30, pytest.param(math.nan, marks=pytest.mark.xfail(NATIVE, reason="0 * NaN"))])
 def test_what_leads_outside_has_no_gradient(anything):
     inside = wk.local_affinity(torch.zeros(1, 1, 9, 12)) > 0
     leaf = torch.where(inside, rand(1, 34, 9, 12, seed=1), anything).requires_grad_()
@@ -530,13 +544,17 @@ def gradients(op, maps, affinity, upstream, *args, **kwargs):
     return maps.grad, affinity.grad
 
 
-def check_gradients(shape, radius, beta, steps, solver, oracle, assert_close, affinity=None, tol=1e-4, of_affinity=5e-5):
+def check_gradients(
+    shape, radius, beta, steps, solver, oracle, assert_close, affinity=None, tol=1e-4, of_affinity=5e-5
+):
     batch, _, height, width = shape
     maps = rand(*shape) * 2 - 0.5
     affinity = rand(batch, links(radius), height, width, seed=1) if affinity is None else affinity
     upstream = rand(*shape, seed=2) * 2 - 1
     expected = gradients(oracle.dense_walk, maps.double(), affinity.double(), upstream, radius, beta, steps)
-    actual = gradients(wk.random_walk, maps, affinity, upstream, radius=radius, beta=beta, steps=steps, solver=solver, tol=tol)
+    actual = gradients(
+        wk.random_walk, maps, affinity, upstream, radius=radius, beta=beta, steps=steps, solver=solver, tol=tol
+    )
     assert_close(actual[0], expected[0])
     assert_close(actual[1], expected[1], of_affinity)
 
@@ -579,11 +597,15 @@ def test_gradients_on_strong_edges(radius, size, scenes, oracle, assert_close):
 
 @pytest.mark.native
 @pytest.mark.xfail(reason="the series of the backward is cut at 1e-7, and float32 states are recovered in reverse")
-@pytest.mark.parametrize("radius, beta, steps, tol", [(7, 2.0, 40, 1e-4), (5, 1.0, 30, 1e-4), (5, 8.0, 256, 1e-4), (5, 8.0, 256, 1e-6)])
+@pytest.mark.parametrize(
+    "radius, beta, steps, tol", [(7, 2.0, 40, 1e-4), (5, 1.0, 30, 1e-4), (5, 8.0, 256, 1e-4), (5, 8.0, 256, 1e-6)]
+)
 def test_gradient_of_the_affinity_is_exact_to_1e_5(radius, beta, steps, tol, oracle, assert_close):
     for size in ((9, 13), (11, 18)):
         check_gradients((1, 3, *size), radius, beta, steps, "auto", oracle, assert_close, tol=tol, of_affinity=1e-5)
-        affinity = torch.where(rand(1, links(radius), *size) > 0.3, rand(1, links(radius), *size, seed=1) * 0.95 + 0.05, 0.0)
+        affinity = torch.where(
+            rand(1, links(radius), *size) > 0.3, rand(1, links(radius), *size, seed=1) * 0.95 + 0.05, 0.0
+        )
         check_gradients((1, 3, *size), radius, beta, steps, "auto", oracle, assert_close, affinity, tol, 1e-5)
 
 
@@ -630,7 +652,11 @@ def test_gradient_accumulates_over_uses(assert_close):
 
 
 def test_gradient_dtypes(dtype, oracle, assert_close):
-    maps, affinity, upstream = rand(1, 3, 9, 13).to(dtype), rand(1, 34, 9, 13, seed=1).to(dtype), rand(1, 3, 9, 13, seed=2).to(dtype)
+    maps, affinity, upstream = (
+        rand(1, 3, 9, 13).to(dtype),
+        rand(1, 34, 9, 13, seed=1).to(dtype),
+        rand(1, 3, 9, 13, seed=2).to(dtype),
+    )
     actual = gradients(wk.random_walk, maps, affinity, upstream, steps=20)
     expected = gradients(oracle.dense_walk, maps.double(), affinity.double(), upstream, steps=20)
     for got, want in zip(actual, expected, strict=True):
@@ -664,7 +690,11 @@ BAD = [
     ({"affinity": torch.zeros(1, 34, 5, 4)}, ValueError, r"affinity must be .*got .*\[1, 34, 5, 4\]"),
     ({"affinity": torch.zeros(2, 34, 4, 5)}, ValueError, r"affinity must be .*got .*\[2, 34, 4, 5\]"),
     ({"affinity": torch.zeros(1, 34, 4, 5).bool()}, TypeError, "affinity must be .*got .*bool"),
-    ({"affinity": torch.zeros(1, 34, 4, 5, device="meta")}, ValueError, "affinity must be on the device of maps.*got .*meta"),
+    (
+        {"affinity": torch.zeros(1, 34, 4, 5, device="meta")},
+        ValueError,
+        "affinity must be on the device of maps.*got .*meta",
+    ),
     ({"affinity": None}, TypeError, "affinity must be .*got None"),
     ({"radius": 4}, ValueError, r"affinity must be .*radius 4.*got .*\[1, 34, 4, 5\]"),
     ({"radius": 99}, ValueError, "radius must be .*got 99"),

@@ -65,7 +65,9 @@ def test_the_number_of_threads_does_not_change_a_bit():
         results = []
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results.append(everything((((1, 2, 96, 130), 5), ((5, 7, 30, 31), 5), ((1, 3, 7, 150), 7), ((1, 1, 150, 1), 3))))
+            results.append(
+                everything((((1, 2, 96, 130), 5), ((5, 7, 30, 31), 5), ((1, 3, 7, 150), 7), ((1, 1, 150, 1), 3)))
+            )
     finally:
         torch.set_num_threads(before)
     assert all(equal(result, results[0]) for result in results)
@@ -106,7 +108,9 @@ class Walks(Dataset):
 
     def __getitem__(self, index):
         torch.set_num_threads(2)  # a worker's default is 1
-        return wk.random_walk(rand(1, 2, 20, 21, seed=index), wk.local_affinity(rand(1, 4, 20, 21, seed=index)), steps=16)[0]
+        return wk.random_walk(
+            rand(1, 2, 20, 21, seed=index), wk.local_affinity(rand(1, 4, 20, 21, seed=index)), steps=16
+        )[0]
 
 
 @pytest.mark.native
@@ -277,7 +281,9 @@ def test_instruction_sets(isa, tmp_path, oracle, assert_close):
     torch.save(results, {str(tmp_path / "results.pt")!r})
     """
     run(script, WSSS_CPU_ISA=isa)
-    for radius, metric, scale, steps, beta, tensors, grad_maps, grad_affinity, grad_feats in torch.load(tmp_path / "results.pt"):
+    for radius, metric, scale, steps, beta, tensors, grad_maps, grad_affinity, grad_feats in torch.load(
+        tmp_path / "results.pt"
+    ):
         feats, maps, affinity, out = tensors
         exact = feats.double().requires_grad_()
         expected = oracle.affinity(exact, radius, metric, scale)
@@ -312,7 +318,7 @@ def test_unknown_instruction_set_is_refused(name):
 # Garbage
 
 
-FUZZ = '''
+FUZZ = """
 import faulthandler, random, sys, warnings
 import torch
 import wsss_kernels as wk
@@ -399,7 +405,7 @@ for call in range(calls):
         raised += 1
 print("calls", calls, "raised", raised, "done", done)
 assert raised > calls // 20 and done > calls // 20
-'''
+"""
 
 
 @pytest.mark.native

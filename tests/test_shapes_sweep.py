@@ -79,7 +79,11 @@ def test_local_affinity(first, oracle, assert_close, nan_filled):
         draw = random.Random(f"affinity {SEED} {i}")
         torch.manual_seed(draw.randrange(2**31))
         batch, height, width = draw_sizes(draw)
-        dim, radius, dtype = draw.choice([1, 2, 3, 7, 16, 31, 33, 70]), draw.randint(1, 16), draw.choice(list(TOLERANCE))
+        dim, radius, dtype = (
+            draw.choice([1, 2, 3, 7, 16, 31, 33, 70]),
+            draw.randint(1, 16),
+            draw.choice(list(TOLERANCE)),
+        )
         metric = draw.choice(["l1", "cosine"]) if dim > 1 else "l1"
         height = height or in_reference(dtype)
         scale, border = draw.choice([0.3, 1.0, 2.0, "auto"]), draw.choice(["full", "full", "cropped"])

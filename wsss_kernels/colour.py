@@ -127,10 +127,10 @@ def walk_features(image: Tensor, size: tuple[int, int]) -> Tensor:
     """
     lab = lab_on_grid(image, size)
     along = [(lab[..., 3:, :] - lab[..., :-3, :]).abs(), (lab[..., 3:] - lab[..., :-3]).abs()]
-    means = [d.mean(dim=(-3, -2, -1), keepdim=True) for d in along if d.shape[-2] and d.shape[-1]]
+    means = [d.double().mean(dim=(-3, -2, -1), keepdim=True) for d in along if d.shape[-2] and d.shape[-1]]
     if not means:
         return lab / _LAB_UNIT
-    spread = sum(means[1:], means[0]) / len(means)
+    spread = (sum(means[1:], means[0]) / len(means)).to(lab.dtype)  # in double: the same bits alone and in a batch
     return lab / (_LAB_UNIT * spread.clamp_min(0.01)).sqrt()
 
 

@@ -74,6 +74,7 @@ def test_every_photograph_is_credited():
     assert {scene.photograph for scene in SCENES} == set(CREDITS)
 
 
+@pytest.mark.native
 def test_demo_writes_one_picture_and_ends_with_its_path(tmp_path, capsys):
     pytest.importorskip("skimage")
     out = tmp_path / "demo.png"
@@ -97,6 +98,7 @@ def test_dense_walk_is_the_random_walk():
         torch.testing.assert_close(dense, ours, atol=1e-5, rtol=0)
 
 
+@pytest.mark.native
 def test_comparison_is_silent_about_time_when_the_results_differ(monkeypatch):
     monkeypatch.setattr(demo, "DENSE_GRID", (12, 16))
     photograph = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
