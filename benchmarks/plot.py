@@ -69,14 +69,14 @@ def draw(rows: list[Row], out: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="map (pixels)", title=title)
         axis.xaxis.set_major_locator(FixedLocator(sorted(sizes)))
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xticks(sorted(sizes), [sizes[n] for n in sorted(sizes)])
+        axis.set_xticks(sorted(sizes), [sizes[n] for n in sorted(sizes)], rotation=30, ha="right", fontsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8, loc="upper left")
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=8, loc="upper left")
     row = rows[-1]
-    figure.suptitle(
-        f"Random walk of 256 steps, {row['channels']} maps, {row['threads']} threads, {row['machine']}", fontsize=10
-    )
+    threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+    figure.suptitle(f"Random walk of 256 steps, {row['channels']} maps, {threads}, {row['machine']}", fontsize=10)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=150)
     pyplot.close(figure)
