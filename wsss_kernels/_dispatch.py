@@ -66,9 +66,9 @@ def calls_directly(*tensors: Tensor) -> bool:
 
 def as_kernel_input(tensor: Tensor) -> Tensor:
     """float32, contiguous, no copy where it is so already."""
-    if tensor.dtype is torch.float32 and tensor.is_contiguous():
+    if tensor.dtype is torch.float32 and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
-    return tensor.to(torch.float32).contiguous()
+    return tensor.resolve_neg().to(torch.float32).contiguous()
 
 
 def as_output(result: Tensor, dtype: torch.dtype) -> Tensor:
