@@ -1,6 +1,7 @@
 // The only file that knows Python. Tensors come as addresses and sizes; wsss_kernels/ops checks them.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <string>
 #include <utility>
 
@@ -29,9 +30,9 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// scale 0 = automatic.
+// scale 0 = automatic. Below 1e-37 float32 cannot hold 1 / scale; the affinities are the same.
 AffinityOptions affinity_options(int radius, bool cosine, double scale, bool cropped) {
-  return {radius, cosine ? AffinityMetric::kCosine : AffinityMetric::kL1, scale == 0, scale == 0 ? 1.0 : scale,
+  return {radius, cosine ? AffinityMetric::kCosine : AffinityMetric::kL1, scale == 0, scale == 0 ? 1.0 : std::max(scale, 1e-37),
           cropped};
 }
 

@@ -17,6 +17,8 @@ namespace {
 
 const AffinityKernels& kernels() { return WSSS_CHOOSE_ISA(affinity_kernels); }
 
+// A mean distance 1 - cos up to this is the rounding of the cosines, not a difference between features.
+constexpr float kCosineNoise = 1e-6f;
 // Pairs of values a thread should have to compare: some tens of microseconds.
 constexpr double kPairsPerThread = 5e5;
 
@@ -101,11 +103,12 @@ void local_affinity_cpu(const float* feats, float* out, float* scale, FeatureSha
     team.barrier();
     if (team.thread == 0) {  // in one order, whatever the number of threads
       const double pairs = in_map_pairs(shape, hood);
+      const float least = cosine ? kCosineNoise : 0.0f;
       for (int64_t b = 0; b < shape.batch; ++b) {
         double total = 0;
         for (int64_t i = 0; i < shape.height * columns; ++i) total += row_sums[b * shape.height * columns + i];
         const float mean = pairs > 0 ? float(total / pairs) : 0.0f;
-        scale[b] = mean == 0 ? 1.0f : mean;
+        scale[b] = mean <= least ? 1.0f : mean;
       }
     }
     team.barrier();

@@ -155,9 +155,9 @@ WSSS_ALWAYS_INLINE void finish_tile(const AffinityProblem& problem, const Affini
       for (int x = tile.x_begin; x < tile.x_end; x += n) {
         V v = load(sums + (x - tile.x_begin));
         if (options.automatic) {
-          v = options.metric == AffinityMetric::kL1 ? v * mean : 1.0f - v;
+          v = options.metric == AffinityMetric::kL1 ? v * mean : (v > 1.0f ? V{} : 1.0f - v);
         } else {
-          v = options.metric == AffinityMetric::kL1 ? exp(v * slope) : (v < 0.0f ? V{} : v);
+          v = options.metric == AffinityMetric::kL1 ? exp(v * slope) : (v < 0.0f ? V{} : v > 1.0f ? splat(1.0f) : v);
         }
         v = inside(v, x, columns);
         if (options.automatic) {

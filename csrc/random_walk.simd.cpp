@@ -381,8 +381,8 @@ void unpack_gradient(const WalkPlan<T>& plan, const float* affinity, double beta
         unstripe(plan, line, [&](int t) __attribute__((always_inline)) {
           return load(gradient + plan.position[t + plan.halo] + plan.slot[k] * kLanes<T>);
         });
-        clear_outside(plan, line, y, dy, dx);
         T* const slope = row_in_scratch(plan, scratch, affinity + at);
+        clear_outside(plan, slope, y, dy, dx);  // whatever stands there, it has no gradient
         power(slope, padded_width(plan), beta - 1);
         for (int x = 0; x < plan.width; ++x) grad[at + x] = float(line[x] * T(beta) * slope[x]);
       }

@@ -20,7 +20,7 @@ DTYPES = tuple(TOLERANCE)
 OPS = ("local_affinity", "random_walk")
 
 _quick = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
-hypothesis.settings.register_profile("ci", max_examples=50, derandomize=True, **_quick)
+hypothesis.settings.register_profile("ci", max_examples=50 if _dispatch.native else 10, derandomize=True, **_quick)
 hypothesis.settings.register_profile("release", max_examples=300, derandomize=False, **_quick)
 hypothesis.settings.load_profile("ci")
 
@@ -271,7 +271,7 @@ class Scenes:
 
     @staticmethod
     def edge_affinity(height: int, width: int, radius: int, seed: int = 0) -> Tensor:
-        """IRNet's kind [1, K, H, W]: 1 - the largest boundary on the straight way; thin strong edges, wide flat regions."""
+        """IRNet's kind [1, K, H, W]: 1 - the largest boundary on the straight way; thin edges, flat regions."""
         generator = torch.Generator().manual_seed(seed)
         region = Scenes.features(1, 1, height, width, seed, noise=0.0)[0, 0]
         edge = torch.zeros(height, width)

@@ -59,6 +59,7 @@ def test_fifty_repeats_are_bit_equal():
         assert equal(everything(), first)
 
 
+@pytest.mark.native
 def test_the_number_of_threads_does_not_change_a_bit():
     before = torch.get_num_threads()
     try:
@@ -265,7 +266,8 @@ def test_instruction_sets(isa, tmp_path, oracle, assert_close):
     torch.set_num_threads(2)
     results = []
     for i, (batch, channels, height, width, radius, steps) in enumerate([
-        (1, 3, 9, 17, 5, 20), (2, 7, 5, 3, 2, 9), (1, 5, 17, 20, 5, 256), (1, 4, 11, 70, 10, 12), (3, 2, 1, 9, 3, 4), (1, 1, 40, 140, 5, 6)
+        (1, 3, 9, 17, 5, 20), (2, 7, 5, 3, 2, 9), (1, 5, 17, 20, 5, 256), (1, 4, 11, 70, 10, 12), (3, 2, 1, 9, 3, 4),
+        (1, 1, 40, 140, 5, 6),
     ]):
         torch.manual_seed(i)
         for metric, scale in (("l1", 0.5), ("l1", "auto"), ("cosine", 1.0), ("cosine", "auto")):
@@ -276,7 +278,8 @@ def test_instruction_sets(isa, tmp_path, oracle, assert_close):
             tol = 1e-7 if i % 2 else 1e-5
             out = wk.random_walk(maps, affinity, radius=radius, beta=2.5 if i % 2 else 3, steps=steps, tol=tol)
             out.square().sum().backward()
-            results.append((radius, metric, scale, steps, 2.5 if i % 2 else 3, [t.detach() for t in (feats, maps, affinity, out)],
+            results.append((radius, metric, scale, steps, 2.5 if i % 2 else 3,
+                            [t.detach() for t in (feats, maps, affinity, out)],
                             maps.grad, affinity.grad, feats.grad))
     torch.save(results, {str(tmp_path / "results.pt")!r})
     """
@@ -329,81 +332,80 @@ seed, calls = int(sys.argv[1]), int(sys.argv[2])
 draw = random.Random(seed)
 torch.manual_seed(seed)
 nan, inf = float("nan"), float("inf")
-DTYPES = [torch.float32] * 8 + [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64,
-          torch.uint8, torch.float8_e4m3fn, torch.complex128]
-
-def shape(rank=None):
-    rank = draw.choice([4] * 12 + [0, 1, 2, 3, 5, 6]) if rank is None else rank
-    return [draw.choice([0, 1, 1, 2, 3, 4, 7, 9, 17]) for _ in range(rank)]
+DTYPES = [torch.float32] * 8 + [
+    torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64, torch.uint8,
+    torch.float8_e4m3fn, torch.complex128]
+FILLS = [nan, inf, -inf, 0.0, 1e38, -1e38, 1e-40, -1.0]
+KINDS = [
+    lambda x: x.to_sparse(), lambda x: x.to_mkldnn(), torch.nn.Parameter, lambda x: x.numpy(), lambda x: x.tolist(),
+    torch._neg_view, lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
+    lambda x: torch.nested.nested_tensor([x])]
+NUMBERS = [
+    0, 1, 2, 3, 5, 8, -1, -5, 16, 17, -10**9, 2**31, 2**63, 2**64, 10**400, -2**63, 0.0, -0.0, 0.5, 1.5, 1e-9, 1e-300,
+    5e-324, 1e39, 1e300, nan, inf, -inf, -1e-9, True, False, None, "5", "auto", "", b"l1", [5], (5,), {}, object(), 1j,
+    torch.tensor(5), torch.tensor(0.5), torch.float32]
+WORDS = ["", "AUTO", "l1 ", None, 0, 1.0, [], b"full", chr(0), "x" * 10000, torch.tensor(1), True]
 
 def tensor(size=None):
-    size = shape() if size is None else size
-    dtype = draw.choice(DTYPES)
-    kind = draw.randrange(12)
+    if size is None:
+        rank = draw.choice([4] * 12 + [0, 1, 2, 3, 5, 6])
+        size = [draw.choice([0, 1, 1, 2, 3, 4, 7, 9, 17]) for _ in range(rank)]
+    dtype, kind = draw.choice(DTYPES), draw.randrange(12)
     if kind == 0:
         return torch.empty(size, device="meta")
-    x = torch.rand(size) if draw.random() < 0.8 else torch.full(size, draw.choice([nan, inf, -inf, 0.0, 1e38, -1e38, 1e-40, -1.0]))
+    x = torch.rand(size) if draw.random() < 0.8 else torch.full(size, draw.choice(FILLS))
     x = x.to(dtype)
     if kind == 1 and x.dim() >= 2:
         return x.mT
     if kind == 2 and x.dim() == 4:
         return x.contiguous(memory_format=torch.channels_last)
     if kind == 3 and dtype == torch.float32:
-        return draw.choice([lambda: x.to_sparse(), lambda: x.to_mkldnn(), lambda: torch.nn.Parameter(x), lambda: x.numpy(),
-                            lambda: x.tolist(), lambda: torch._neg_view(x), lambda: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8),
-                            lambda: torch.nested.nested_tensor([x])])()
+        return draw.choice(KINDS)(x)
     if kind == 4 and x.dim() and x.shape[0]:
         return x[:1].expand(x.shape)
     if kind == 5 and dtype.is_floating_point and dtype.itemsize > 1:
         return x.requires_grad_()
     if kind == 6 and dtype in (torch.float32, torch.float64):
-        return (x.requires_grad_() * 1)
+        return x.requires_grad_() * 1
     if kind == 7:
         return torch.zeros(1, dtype=dtype).expand(draw.choice([10**3, 10**5, 2**31, 2**40]), 0, *size[:2])
     return x
 
-def number():
-    return draw.choice([0, 1, 2, 3, 5, 8, -1, -5, 16, 17, 10**9 * -1, 2**31, 2**63, 2**64, 10**400, -2**63, 0.0, -0.0, 0.5, 1.5, 1e-9, 1e-300,
-                        5e-324, 1e300, nan, inf, -inf, True, False, None, "5", "auto", "", b"l1", [5], (5,), {}, object(), 1j, torch.tensor(5),
-                        torch.tensor(0.5), torch.float32, float("1e39"), -1e-9])
+def some(**options):  # name = (share of the calls, value)
+    return {name: value for name, (share, value) in options.items() if draw.random() < share}
 
-def word(good):
-    return draw.choice(good * 6 + ["", "AUTO", "l1 ", None, 0, 1.0, [], b"full", "\\x00", "power\\x00", "x" * 10000, torch.tensor(1), True])
+def word(*good):
+    return draw.choice(list(good) * 6 + WORDS)
 
-def steps():
-    value = number()
-    if isinstance(value, int) and not isinstance(value, bool) and value > 1000:
-        value = draw.choice([2**31, 2**63, 300])  # valid but endless numbers of steps are no garbage
-    return value
+def affinity_call():
+    radius = [draw.choice(NUMBERS)] if draw.random() < 0.3 else []
+    return wk.local_affinity(tensor(), *radius, **some(
+        metric=(0.5, word("l1", "cosine")), scale=(0.5, draw.choice([draw.choice(NUMBERS), 1.0, "auto"])),
+        border=(0.5, word("full", "cropped")), nonsense=(0.02, 1)))
+
+def walk_call():
+    maps, radius, affinity = tensor(), draw.choice([1, 2, 3, 5, 5, 5, 10]), None
+    if isinstance(maps, torch.Tensor) and not maps.is_nested and maps.dim() == 4 and draw.random() < 0.9:
+        affinity = tensor([min(maps.shape[0], 1000), len(wk.neighbour_offsets(radius)), *maps.shape[2:]])
+    steps = draw.choice([1, 3, 30, 300] + [n for n in NUMBERS if type(n) is not int or abs(n) < 1000 or n >= 2**31])
+    return wk.random_walk(maps, tensor() if affinity is None else affinity, **some(
+        radius=(1, draw.choice([radius] * 9 + [draw.choice(NUMBERS)])), beta=(0.3, draw.choice(NUMBERS)),
+        steps=(1, steps), solver=(0.5, word("power", "chebyshev", "auto")), tol=(0.3, draw.choice(NUMBERS))))
 
 raised = done = 0
 for call in range(calls):
     kind = draw.randrange(10)
     try:
-        if kind < 4:
-            out = [wk.local_affinity(tensor(), *([number()] if draw.random() < 0.3 else []), **{
-                name: value for name, value in (("metric", word(["l1", "cosine"])), ("scale", draw.choice([number(), 1.0, "auto"])),
-                                                ("border", word(["full", "cropped"])), ("nonsense", 1)) if draw.random() < (0.02 if name == "nonsense" else 0.5)})]
-        elif kind < 9:
-            maps, radius = tensor(), draw.choice([1, 2, 3, 5, 5, 5, 10])
-            links = len(wk.neighbour_offsets(radius))
-            matching = hasattr(maps, "shape") and len(maps.shape) == 4 and not getattr(maps, "is_nested", False) and draw.random() < 0.9
-            if matching and maps.shape[0] > 100:
-                continue
-            affinity = tensor([maps.shape[0], links, *maps.shape[2:]] if matching else None)
-            arguments = {name: value for name, value, share in (
-                ("radius", draw.choice([radius] * 9 + [number()]), 1), ("beta", number(), 0.3), ("steps", steps(), 0.4),
-                ("solver", word(["power", "chebyshev", "auto"]), 0.5), ("tol", number(), 0.3)) if draw.random() < share}
-            arguments.setdefault("steps", draw.choice([1, 3, 30]))
-            out = [wk.random_walk(maps, affinity, **arguments)]
+        if kind == 9:
+            wk.neighbour_offsets(draw.choice(NUMBERS))
         else:
-            out = wk.neighbour_offsets(number())
+            out = affinity_call() if kind < 4 else walk_call()
+            if out.requires_grad and out.device.type == "cpu":
+                out.backward(torch.rand(out.shape).to(out.dtype))
         done += 1
-        if kind < 9 and out[0].requires_grad and out[0].device.type == "cpu":
-            out[0].backward(torch.rand(out[0].shape).to(out[0].dtype))
     except (TypeError, ValueError, RuntimeError):
         raised += 1
-print("calls", calls, "raised", raised, "done", done)
+print("raised", raised, "done", done)
 assert raised > calls // 20 and done > calls // 20
 """
 

@@ -9,6 +9,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY: torch.library.Library = torch.library.Library("wsss_kernels", "DEF")
 NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,6 +40,8 @@ def runs_native(op: str, tensor: Tensor) -> bool:
         return False  # float64 is the reference's, by contract
     device_type = tensor.device.type
     reason = why_not_native(device_type)
+    if forward_ad._current_level >= 0:
+        reason = "the kernels have no forward-mode derivative"
     if not reason:
         return True
     message = f"{op} on {device_type} runs the slow reference implementation: {reason}"
@@ -62,6 +65,13 @@ def calls_directly(*tensors: Tensor) -> bool:
         if tensor.requires_grad and torch.is_grad_enabled():
             return False
     return True
+
+
+def refuse_second_derivative(op: str) -> None:
+    def backward(ctx: object, *grads: object) -> None:
+        raise RuntimeError(f"the kernel of {op} has no second derivative; float64 tensors run the reference, which has")
+
+    torch.library.register_autograd(f"wsss_kernels::{op}_backward", backward, lib=LIBRARY)
 
 
 def as_kernel_input(tensor: Tensor) -> Tensor:

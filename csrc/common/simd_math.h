@@ -67,9 +67,10 @@ WSSS_ALWAYS_INLINE void power(float* values, size_t count, double exponent) {  /
       store(values + i, base <= 0.0f ? Vec<float>{} : product);
     }
   } else {
+    const float finite = exponent < 1e30 ? float(exponent) : 1e30f;  // infinity times log2(1) would be NaN
     for (size_t i = 0; i < count; i += n) {
       const Vec<float> base = load(values + i);
-      store(values + i, base <= 0.0f ? Vec<float>{} : exp2(float(exponent) * log2(base)));
+      store(values + i, base <= 0.0f ? Vec<float>{} : exp2(finite * log2(base)));
     }
   }
 }

@@ -21,7 +21,8 @@ def local_affinity(
     * "l1": exp(-mean_d |f_i - f_j| / scale); distance: mean_d |f_i - f_j|
     * "cosine": max(cos(f_i, f_j), 0), a zero vector giving 0; distance: 1 - cos
     * scale="auto": exp(-distance / s) for both, s = the image's mean distance over all in-map neighbour pairs (1 for an
-      image without any difference). Multiplying the features by a constant then changes nothing.
+      image without any difference, for the cosine up to 1e-6). Multiplying the features by a constant then changes
+      nothing.
 
     Pairs that lead outside the map are 0; so the result is defined for maps of any size, smaller than the radius too.
 
@@ -144,3 +145,4 @@ torch.library.register_fake(
 torch.library.register_autograd(
     "wsss_kernels::local_affinity", _backward, setup_context=_setup_context, lib=_dispatch.LIBRARY
 )
+_dispatch.refuse_second_derivative("local_affinity")

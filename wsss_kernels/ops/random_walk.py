@@ -37,11 +37,11 @@ def random_walk(
         solver: "power" does `steps` products (float32 within 1e-5 of exact for maps with peak 1). "chebyshev" evaluates
             a truncated Chebyshev series of the same polynomial, about 74 products for 256 steps. "auto" takes the
             cheaper of the two that keeps tol.
-        tol: largest error allowed, in units of max |map|, > 0. Below 2e-5 (power: 1e-5), under float32's own rounding,
-            the walk runs in float64.
+        tol: largest error allowed, in units of max |map|, > 0; of the gradients, in units of their largest. Below 2e-5
+            (power: 1e-5; gradients: 5e-5; more beyond 256 steps), under float32's own rounding, the walk runs in float64.
 
     Returns:
-        [B, C, H, W], contiguous, in the dtype of maps. Differentiable in maps and affinity.
+        [B, C, H, W], contiguous, in the dtype of maps. Differentiable once in maps and affinity (float64: any order).
 
     Memory: about 1.3 K H W floats for W and 3 (steps by power: 2) copies of up to 5 maps, an image at a time (small
     images: one a thread). The backward recovers the states by running the recurrence in reverse instead of storing
@@ -160,3 +160,4 @@ torch.library.register_fake("wsss_kernels::random_walk_backward", _random_walk_b
 torch.library.register_autograd(
     "wsss_kernels::random_walk", _backward, setup_context=_setup_context, lib=_dispatch.LIBRARY
 )
+_dispatch.refuse_second_derivative("random_walk")

@@ -21,13 +21,14 @@ def shifted(x: Tensor, dy: int, dx: int) -> Tensor:
 def pair_exists(height: int, width: int, radius: int, border: str, device: torch.device) -> Tensor:
     """[K, H, W] bool: the neighbour is inside the map and, for "cropped", the source where PSA builds pairs."""
     inside = torch.ones(height, width, device=device)
-    exists = torch.stack([shifted(inside, dy, dx) for dy, dx in neighbour_offsets(radius)] or [inside[:0]]) > 0
+    planes = [shifted(inside, dy, dx) for dy, dx in neighbour_offsets(radius)]
+    exists = (torch.stack(planes) if planes else inside.new_zeros(0, height, width)) > 0
     if border == "cropped":
         margin = radius - 1
         source = torch.zeros(height, width, dtype=torch.bool, device=device)
         source[: max(0, height - margin), margin : max(margin, width - margin)] = True
         exists = exists & source
-    return exists.reshape(-1, height, width)
+    return exists
 
 
 def local_affinity(
@@ -35,7 +36,7 @@ def local_affinity(
 ) -> Tensor:
     """Meaning of `wsss_kernels.local_affinity` in plain PyTorch: any device, any floating point dtype."""
     x = feats if feats.dtype == torch.float64 else feats.float()
-    batch, _, height, width = x.shape
+    height, width = x.shape[-2:]
     if metric == "cosine":
         largest = x.abs().amax(dim=1, keepdim=True)
         unit = x / torch.where(largest > 0, largest, torch.ones_like(largest)).detach()
@@ -50,18 +51,19 @@ def local_affinity(
         else:
             planes.append((x * there).sum(dim=1))
     if not planes:
-        return feats.new_zeros(batch, 0, height, width)
+        return feats[:, :0].clone()
     value = torch.stack(planes, dim=1)  # [B, K, H, W]: a distance, or a cosine
     in_map = pair_exists(height, width, radius, "full", x.device)
     if scale == "auto":
-        distance = value if metric == "l1" else 1 - value
+        distance = value if metric == "l1" else (1 - value).clamp(min=0)
         pairs = max(1, int(in_map.sum()))
         mean = (distance.double() * in_map).sum(dim=(1, 2, 3)) / pairs  # one number an image
-        mean = torch.where(mean == 0, torch.ones_like(mean), mean).to(value.dtype).detach()
+        least = 0 if metric == "l1" else 1e-6  # what is left of 1 - cos between like vectors is rounding
+        mean = torch.where(mean <= least, torch.ones_like(mean), mean).to(value.dtype).detach()
         affinity = torch.exp(-distance / mean[:, None, None, None])
     elif metric == "l1":
-        affinity = torch.exp(-value / float(scale))
+        affinity = torch.exp(-value / max(float(scale), 1e-37))
     else:
-        affinity = value.clamp(min=0)
+        affinity = value.relu().clamp(max=1)
     exists = pair_exists(height, width, radius, border, x.device)
     return torch.where(exists, affinity, torch.zeros_like(affinity)).to(feats.dtype)

@@ -46,7 +46,7 @@ def random_walk(
         degree = degree + weights.sum(dim=1, keepdim=True)
         for k, (dy, dx) in enumerate(offsets):
             degree = degree + shifted(weights[:, k : k + 1], -dy, -dx)
-    x = maps.to(dtype)
+    x = maps.to(dtype, copy=True)  # a result of its own, also after 0 steps
     for _ in range(steps):
         x = walk_step(x, weights, degree, offsets)
-    return x.to(maps.dtype)
+    return x.to(maps.dtype).contiguous()
