@@ -32,8 +32,8 @@ T* at(Address address) {
 
 // scale 0 = automatic. Below 1e-37 float32 cannot hold 1 / scale; the affinities are the same.
 AffinityOptions affinity_options(int radius, bool cosine, double scale, bool cropped) {
-  return {radius, cosine ? AffinityMetric::kCosine : AffinityMetric::kL1, scale == 0, scale == 0 ? 1.0 : std::max(scale, 1e-37),
-          cropped};
+  return {radius, cosine ? AffinityMetric::kCosine : AffinityMetric::kL1, scale == 0,
+          scale == 0 ? 1.0 : std::max(scale, 1e-37), cropped};
 }
 
 void local_affinity(Address feats, Address out, Address scales, int64_t batch, int64_t dim, int64_t height,

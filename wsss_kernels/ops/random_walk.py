@@ -38,7 +38,7 @@ def random_walk(
             a truncated Chebyshev series of the same polynomial, about 74 products for 256 steps. "auto" takes the
             cheaper of the two that keeps tol.
         tol: largest error allowed, in units of max |map|, > 0; of the gradients, in units of their largest. Below 2e-5
-            (power: 1e-5; gradients: 5e-5; more beyond 256 steps), under float32's own rounding, the walk runs in float64.
+            (power: 1e-5; gradients: 5e-5; more beyond 256 steps), under float32's own rounding, it runs in float64.
 
     Returns:
         [B, C, H, W], contiguous, in the dtype of maps. Differentiable once in maps and affinity (float64: any order).
