@@ -122,37 +122,38 @@ def _refine_list(
     if not isinstance(cams, (list, tuple)):
         raise TypeError(f"cams must be a tensor [B, C, H, W] or [C, H, W], or a list, got {_check.describe(cams)}")
     count = len(cams)
-    lists = {"feats": feats, "labels": labels, "guide": guide}
+    lists = {"cams": cams, "feats": feats, "labels": labels, "guide": guide}
+    lists = {name: value for name, value in lists.items() if value is not None or name == "feats"}
     for name, value in lists.items():
-        if value is None and name != "feats":
-            continue
         if isinstance(value, Tensor) or not isinstance(value, Sequence) or len(value) != count:
             raise TypeError(f"{name} must be a list of {count} tensors, as cams is, got {_describe_list(value)}")
     alphas = _per_image(background, count)
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i in range(count):
-        parts = [cams[i], feats[i]] + [lists[name][i] for name in ("labels", "guide") if lists[name] is not None]
-        for part, name in zip(parts, ("cams", "feats", "labels", "guide"), strict=False):
-            if not isinstance(part, Tensor):
-                raise TypeError(f"{name}[{i}] must be a tensor, got {_check.describe(part)}")
-        groups.setdefault(tuple((p.shape, p.dtype, p.device) for p in parts), []).append(i)
-    results: list[Tensor | None] = [None] * count
-    for indices in groups.values():
+        for name, value in lists.items():
+            if not isinstance(value[i], Tensor):
+                raise TypeError(f"{name}[{i}] must be a tensor, got {_check.describe(value[i])}")
+        _check.tensor(f"cams[{i}]", cams[i], "C H W")
+        key = tuple((value[i].shape, value[i].dtype, value[i].device) for value in lists.values())
+        groups.setdefault(key, []).append(i)
 
-        def batch(values: Sequence[Tensor] | None, indices: list[int] = indices) -> Tensor | None:
-            if values is None:
+    def refine(indices: list[int]) -> list[Tensor]:
+        def batch(name: str) -> Tensor | None:
+            if name not in lists:
                 return None
-            chosen = [values[i] for i in indices]
+            chosen = [lists[name][i] for i in indices]
             return chosen[0].unsqueeze(0) if len(chosen) == 1 else torch.stack(chosen)
 
-        _check.tensor(f"cams[{indices[0]}]", cams[indices[0]], "C H W")
         alpha = None if alphas is None else [alphas[i] for i in indices]
-        refined = _refine_tensor(
-            batch(cams), batch(feats), batch(labels), batch(guide), alpha, stages, size, normalize  # type: ignore[arg-type]
-        )  # fmt: skip
-        for i, image in zip(indices, refined.unbind(), strict=True):
-            results[i] = image
-    return results  # type: ignore[return-value]
+        first = batch("cams")
+        assert first is not None
+        refined = _refine_tensor(first, batch("feats"), batch("labels"), batch("guide"), alpha, stages, size, normalize)
+        return list(refined.unbind())
+
+    results: dict[int, Tensor] = {}
+    for indices in groups.values():
+        results.update(zip(indices, refine(indices), strict=True))
+    return [results[i] for i in range(count)]
 
 
 def _describe_list(value: object) -> str:
