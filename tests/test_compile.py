@@ -39,6 +39,7 @@ def fresh_compiler():
 # Compile
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("solver, metric", [("auto", "l1"), ("power", "cosine")])
 def test_compiled_equals_eager(solver, metric):
     """No graph break, and the second shape (dynamic) serves all that follow."""
@@ -60,6 +61,7 @@ def test_compiled_equals_eager(solver, metric):
     assert counter.frame_count <= 1 + 2
 
 
+@pytest.mark.native
 def test_static_shapes_recompile_to_dynamic_ones():
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(refine, fullgraph=True, backend=counter)
@@ -69,6 +71,7 @@ def test_static_shapes_recompile_to_dynamic_ones():
     assert counter.frame_count <= 1 + 2
 
 
+@pytest.mark.native
 def test_options_of_a_compiled_call():
     def op(feats, maps, radius, beta, steps, scale):
         affinity = wk.local_affinity(feats, radius, scale=scale)
@@ -86,6 +89,7 @@ def test_refusals_of_a_compiled_call():
         compiled(rand(1, 4, 9))
 
 
+@pytest.mark.native
 def test_inductor(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     compiled = torch.compile(refine, fullgraph=True, dynamic=True)
@@ -98,6 +102,7 @@ def test_inductor(tmp_path, monkeypatch):
             torch.testing.assert_close(got, want)
 
 
+@pytest.mark.native
 def test_export():
     class Refine(torch.nn.Module):
         def forward(self, feats, maps):

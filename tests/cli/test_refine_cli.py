@@ -415,18 +415,23 @@ def start(out):
 def read(out):
     return {p.name: p.read_bytes() for p in out.iterdir() if not p.name.startswith(".")} if out.exists() else {}
 
-begin = time.monotonic()
 assert os.waitpid(start(root / "whole"), 0)[1] == 0
-duration = time.monotonic() - begin
 whole = read(root / "whole")
 random.seed(0)
 killed = partial = 0
 for trial in range(trials):
     out = root / f"trial{trial // 3}"  # three kills in a row on one folder
+    wanted = random.randint(min(len(read(out)), len(whole) - 1), len(whole) - 1)  # files, some of them perhaps half written
     pid = start(out)
-    time.sleep(random.uniform(0.02, duration))
-    os.kill(pid, signal.SIGKILL)
-    killed += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    status = None
+    while status is None and len(list(out.iterdir()) if out.exists() else []) <= wanted:
+        ended, code = os.waitpid(pid, os.WNOHANG)
+        status = code if ended else None
+    if status is None:
+        time.sleep(random.uniform(0, 0.002))
+        os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+    killed += os.WIFSIGNALED(status)
     found = read(out)
     partial += 0 < len(found) < len(whole)
     for name, data in found.items():
@@ -449,5 +454,5 @@ def test_kill_at_random_moments(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     killed, partial = map(int, done.stdout.split())
-    assert killed >= 24
+    assert killed >= 17
     assert partial >= 8
