@@ -421,7 +421,7 @@ random.seed(0)
 killed = partial = 0
 for trial in range(trials):
     out = root / f"trial{trial // 3}"  # three kills in a row on one folder
-    wanted = random.randint(min(len(read(out)), len(whole) - 1), len(whole) - 1)  # files, some of them perhaps half written
+    wanted = random.randint(min(len(read(out)), len(whole) - 1), len(whole) - 1)  # files, perhaps one half written
     pid = start(out)
     status = None
     while status is None and len(list(out.iterdir()) if out.exists() else []) <= wanted:
