@@ -28,7 +28,7 @@ def newest(rows: list[Row], channels: int, machine: str | None) -> list[Row]:
         row
         for row in rows
         if row["op"] == "random_walk" and row["group"] == "walk" and row["channels"] == channels
-        and row["way"] in LINES and row["status"] == "ok" and row["median_ms"]
+        and row["way"] in LINES and row["status"] == "ok" and row["median_ms"] and "backward" not in row["case"]
         and (machine is None or machine_slug(row) == machine)
     ]  # fmt: skip
     if not kept:
