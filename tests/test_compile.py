@@ -349,6 +349,7 @@ def test_saved_tensors_may_be_moved():
     assert all(map(torch.equal, torch.autograd.grad(out.square().sum(), (feats, maps)), expected))
 
 
+@pytest.mark.native
 def test_changing_a_saved_tensor_is_noticed():
     maps, affinity = MAPS[0].clone().requires_grad_(), AFFINITY.clone()
     out = wk.random_walk(maps, affinity, steps=3)

@@ -1,6 +1,6 @@
 """Shapes, options, dtypes and memory formats drawn at random, forward and backward, against float64.
 
-WSSS_SWEEP_SEED repeats a run; the seed stands in every failure.
+WSSS_SWEEP_SEED=random draws new cases, a number repeats a run; the seed stands in every failure.
 """
 
 import os
@@ -12,7 +12,8 @@ import torch
 import wsss_kernels as wk
 from wsss_kernels import _dispatch
 
-SEED = int(os.environ.get("WSSS_SWEEP_SEED", random.SystemRandom().randrange(10**6)))
+_wanted = os.environ.get("WSSS_SWEEP_SEED", "0")
+SEED = random.SystemRandom().randrange(10**6) if _wanted == "random" else int(_wanted)
 CASES = 100 if _dispatch.native else 30  # of each op
 BLOCK = 10
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -89,6 +90,7 @@ def test_local_affinity(first, oracle, assert_close, nan_filled):
         expected = oracle.affinity(exact, radius, metric, scale, border)
         check("result", out, expected, dtype, assert_close, case)
         upstream = torch.randn(out.shape).to(dtype)
+        upstream[expected.detach() < 1e-3] = 0  # max(cos, 0) bends at 0, where rounding decides
         if expected.requires_grad:
             grad = torch.autograd.grad(out, feats, upstream)[0]
             wanted = torch.autograd.grad(expected, exact, upstream.double())[0]
