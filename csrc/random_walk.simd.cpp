@@ -292,11 +292,16 @@ constexpr int positions_per_block() {
 
 template <class T, int C, int R>
 WSSS_ALWAYS_INLINE void step_rows(const WalkPlan<T>& plan, const WalkStep<T>& step, int begin, int end) {
-  constexpr int P = R > 0 ? positions_per_block<C>() : 1;
+  constexpr int most = R > 0 ? positions_per_block<C>() : 1;
   for (int y = begin; y < end; ++y) {
-    int j = 0;
-    for (; j + P <= plan.blocks; j += P) step_positions<T, C, P, R>(plan, step, y, j);
-    for (; j < plan.blocks; ++j) step_positions<T, C, 1, R>(plan, step, y, j);
+    for (int j = 0; j < plan.blocks;) {
+      // Even shares: a position by itself waits for its own sums.
+      const int left = plan.blocks - j, shares = (left + most - 1) / most, share = (left + shares - 1) / shares;
+      unroll<1, most + 1>([&](auto positions) __attribute__((always_inline)) {
+        if (positions.value == share) step_positions<T, C, positions.value, R>(plan, step, y, j);
+      });
+      j += share;
+    }
     fill_halo<T, C>(plan, step.next + plan.state_row(y, C));
   }
 }
