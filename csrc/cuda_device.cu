@@ -2,7 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include <stdexcept>
+#include "common/cuda_launch.h"
 
 namespace wsss {
 namespace {
@@ -13,15 +13,9 @@ __global__ void write_compiled_arch(int* arch) {
 #endif
 }
 
-void check(cudaError_t status, const char* call) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // forgotten here, or the next launch of anyone would report it
-  throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(status));
-}
-
 class DeviceInt {
  public:
-  DeviceInt() { check(cudaMalloc(&address_, sizeof(int)), "cudaMalloc"); }
+  DeviceInt() { check_cuda(cudaMalloc(&address_, sizeof(int)), "cudaMalloc"); }
   ~DeviceInt() { cudaFree(address_); }
   DeviceInt(const DeviceInt&) = delete;
   DeviceInt& operator=(const DeviceInt&) = delete;
@@ -47,14 +41,29 @@ int cuda_device_count(std::string* message) {
   return 0;
 }
 
+bool cuda_runs_on(int device) {
+  const CudaDevice current(device);
+  cudaFuncAttributes attributes;
+  const bool runs = cudaFuncGetAttributes(&attributes, write_compiled_arch) == cudaSuccess;
+  cudaGetLastError();
+  return runs;
+}
+
+CudaDevice::CudaDevice(int index) {
+  check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+  if (index != before_) check_cuda(cudaSetDevice(index), "cudaSetDevice");
+}
+
+CudaDevice::~CudaDevice() { cudaSetDevice(before_); }
+
 int cuda_probe(void* stream) {
   const auto on_stream = static_cast<cudaStream_t>(stream);
   const DeviceInt result;
-  write_compiled_arch<<<1, 1, 0, on_stream>>>(result.address());
-  check(cudaGetLastError(), "launching the probe kernel");
+  launch("write_compiled_arch", {dim3(1), dim3(1), 0, on_stream}, write_compiled_arch, result.address());
   int arch = 0;
-  check(cudaMemcpyAsync(&arch, result.address(), sizeof arch, cudaMemcpyDeviceToHost, on_stream), "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(on_stream), "cudaStreamSynchronize");
+  check_cuda(cudaMemcpyAsync(&arch, result.address(), sizeof arch, cudaMemcpyDeviceToHost, on_stream),
+             "cudaMemcpyAsync");
+  check_cuda(cudaStreamSynchronize(on_stream), "cudaStreamSynchronize");
   return arch;
 }
 

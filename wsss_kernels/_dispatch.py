@@ -1,8 +1,10 @@
-"""Which kernel runs: the compiled module where there is one, else the reference, never silently."""
+"""Which kernel runs: the compiled module, on a GPU else Triton, else the reference, never silently."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import os
 import types
 import warnings
@@ -24,22 +26,62 @@ else:
     except ImportError as error:
         native_absence = f"the compiled module could not be imported ({error}); reinstall wsss-kernels"
 
+GPU_KERNELS = os.environ.get("WSSS_GPU_KERNELS", "")
+if GPU_KERNELS not in ("", "cuda", "triton"):
+    raise ValueError(f"WSSS_GPU_KERNELS must be cuda or triton, got {GPU_KERNELS}")
+
 _warned: set[tuple[str, str]] = set()
 
 
-def why_not_native(device_type: str) -> str:
-    """Empty where a native kernel runs on this device, else the reason it does not."""
+def gpu_kernel(name: str, device_index: int | None = None) -> tuple[str, str]:
+    """What runs `name` on a GPU (None: on one this build fits): "cuda", "triton" or "reference", and why the last.
+
+    The compiled CUDA kernel first, then the Triton one; WSSS_GPU_KERNELS=cuda or triton allows one of them only.
+    """
+    if native is None:  # the Triton kernels take the choice of solver from it too
+        return "reference", native_absence
+    reasons = []
+    if GPU_KERNELS != "triton":
+        reason = _why_no_cuda(name, device_index)
+        if not reason:
+            return "cuda", ""
+        reasons.append(reason)
+    if GPU_KERNELS != "cuda":
+        if importlib.util.find_spec("triton") is not None:
+            return "triton", ""
+        reasons.append("the package triton is not installed")
+    if GPU_KERNELS:
+        reasons.append(f"WSSS_GPU_KERNELS={GPU_KERNELS}")
+    return "reference", "; ".join(reasons)
+
+
+@functools.cache
+def _why_no_cuda(name: str, device_index: int | None) -> str:
+    assert native is not None
+    if torch.version.hip is not None:
+        return "the compiled kernels are CUDA's, this torch is ROCm's"
+    if not hasattr(native, f"{name}_cuda"):
+        return "the module was compiled without CUDA"
+    if device_index is not None and not native.cuda_runs_on(device_index):
+        return f"the module was compiled for the CUDA architectures {native.cuda_archs}, which this GPU does not run"
+    return ""
+
+
+def which_kernel(name: str, device_type: str, device_index: int | None = None) -> tuple[str, str]:
+    """What runs `name` on such a device: "native" (CPU), "cuda", "triton" or "reference", and why the last."""
+    if device_type == "cuda":
+        return gpu_kernel(name, device_index)
     if native is None:
-        return native_absence
-    return "" if device_type == "cpu" else f"this version has no {device_type} kernel yet"
+        return "reference", native_absence
+    return ("native", "") if device_type == "cpu" else ("reference", f"there is no {device_type} kernel")
 
 
 def runs_native(op: str, tensor: Tensor) -> bool:
-    """Whether the native kernel takes this tensor; says so once, or raises, where only the reference is left."""
+    """Whether a kernel takes this tensor; says so once, or raises, where only the reference is left."""
     if tensor.dtype not in NATIVE_DTYPES:
         return False  # float64 is the reference's, by contract
     device_type = tensor.device.type
-    reason = why_not_native(device_type)
+    _, reason = which_kernel(op, device_type, tensor.device.index)
     if forward_ad._current_level >= 0:
         reason = "the kernels have no forward-mode derivative"
     if not reason:
@@ -51,6 +93,19 @@ def runs_native(op: str, tensor: Tensor) -> bool:
         _warned.add((op, device_type))
         warnings.warn(message, RuntimeWarning, stacklevel=3)
     return False
+
+
+class CudaCall:
+    """Where a compiled CUDA kernel runs: the tensor's device, torch's current stream there, and memory for its work."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.device = tensor.device
+        self.index: int = tensor.device.index
+        self.stream: int = torch.cuda.current_stream(tensor.device).cuda_stream
+
+    def workspace(self, size: int) -> Tensor:
+        """size bytes; keep the result until the kernel is launched."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
 
 
 def calls_directly(*tensors: Tensor) -> bool:

@@ -32,7 +32,8 @@ def info() -> dict[str, Any]:
         * "triton": version or None; "no_triton_because"
         * "ops": op -> device ("cpu", "cuda") -> direction ("forward", "backward") -> {"kernel", "because"}: kernel is
           "native" (compiled, CPU), "cuda" (compiled, GPU), "triton" or "reference", because says why it is not the
-          fastest (empty where it is). kernel is None where an op has no kernel for a direction by design.
+          fastest (empty where it is). kernel is None where an op has no kernel for a direction by design. "cuda" is
+          the current CUDA device, or without one what this build would run on a GPU.
 
         float64 tensors run the reference whatever this says.
 
@@ -77,11 +78,9 @@ def _kernel(op: str, device: str, direction: str) -> dict[str, str | None]:
     name = op if direction == "forward" else f"{op}_backward"
     if not hasattr(torch.ops.wsss_kernels, name):
         return {"kernel": None, "because": f"{op} has no {direction} kernel on any device"}
-    if because := _dispatch.why_not_native(device):
-        return {"kernel": "reference", "because": because}
-    if device == "cpu":
-        return {"kernel": "native", "because": ""}
-    return {"kernel": "cuda" if hasattr(_dispatch.native, f"{name}_cuda") else "triton", "because": ""}
+    index = torch.cuda.current_device() if device == "cuda" and torch.cuda.is_available() else None
+    kernel, because = _dispatch.which_kernel(name, device, index)
+    return {"kernel": kernel, "because": because}
 
 
 def _cuda() -> dict[str, Any]:

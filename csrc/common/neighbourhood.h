@@ -4,27 +4,32 @@
 #pragma once
 
 #define WSSS_ALWAYS_INLINE inline __attribute__((always_inline))
+#ifdef __CUDACC__
+#define WSSS_HOST_DEVICE __host__ __device__
+#else
+#define WSSS_HOST_DEVICE
+#endif
 
 namespace wsss {
 
 constexpr int kMaxRadius = 16;
 
 // Largest |dx| of stencil row dy; every row 0 <= dy < radius has one (0 when only dx = 0 fits).
-static constexpr int stencil_reach(int radius, int dy) {
+WSSS_HOST_DEVICE static constexpr int stencil_reach(int radius, int dy) {
   int reach = 0;
   while ((reach + 1) * (reach + 1) + dy * dy < radius * radius) ++reach;
   return reach;
 }
 
 // Index of offset (dy, dx) in the row-major order.
-static constexpr int offset_index(int radius, int dy, int dx) {
+WSSS_HOST_DEVICE static constexpr int offset_index(int radius, int dy, int dx) {
   if (dy == 0) return dx - 1;
   int index = stencil_reach(radius, 0);
   for (int row = 1; row < dy; ++row) index += 2 * stencil_reach(radius, row) + 1;
   return index + dx + stencil_reach(radius, dy);
 }
 
-static constexpr int neighbour_count(int radius) {
+WSSS_HOST_DEVICE static constexpr int neighbour_count(int radius) {
   return offset_index(radius, radius - 1, stencil_reach(radius, radius - 1)) + 1;
 }
 

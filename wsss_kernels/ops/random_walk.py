@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -78,7 +81,8 @@ def random_walk(
         return reference.random_walk(maps, affinity, radius=radius, beta=beta, steps=steps, solver=solver, tol=tol)
     arguments = (radius, beta, steps, solver, tol)
     if _dispatch.calls_directly(maps, affinity):
-        return _random_walk_cpu(maps, affinity, *arguments)
+        kernel = _random_walk_cuda if maps.is_cuda else _random_walk_cpu
+        return kernel(maps, affinity, *arguments)
     return torch.ops.wsss_kernels.random_walk(maps, affinity, *arguments)
 
 
@@ -128,6 +132,64 @@ def _random_walk_backward_cpu(
     return grad_maps.to(maps.dtype), grad_affinity.to(affinity.dtype)
 
 
+@functools.lru_cache(maxsize=1024)
+def _cuda_plan(*arguments: Any) -> Any:
+    """How the device walks maps of this shape: asked once, since the driver takes its time to answer."""
+    assert _dispatch.native is not None
+    return _dispatch.native.plan_random_walk_cuda(*arguments)
+
+
+def _random_walk_cuda(
+    maps: Tensor, affinity: Tensor, radius: int, beta: float, steps: int, solver: str, tol: float
+) -> Tensor:
+    if _dispatch.gpu_kernel("random_walk", maps.device.index)[0] == "triton":
+        from wsss_kernels.triton.random_walk import random_walk
+
+        return random_walk(maps, affinity, radius, beta, steps, solver, tol)
+    assert _dispatch.native is not None
+    x, links = _dispatch.as_kernel_input(maps), _dispatch.as_kernel_input(affinity)
+    out = torch.empty_like(x)
+    call = _dispatch.CudaCall(x)
+    plan = _cuda_plan(*maps.shape, radius, steps, SOLVERS.index(solver), tol, call.index)
+    workspace = call.workspace(plan.workspace)
+    _dispatch.native.random_walk_cuda(
+        x.data_ptr(), links.data_ptr(), out.data_ptr(), *maps.shape, radius, beta, steps, SOLVERS.index(solver), tol,
+        plan, workspace.data_ptr(), call.index, call.stream,
+    )  # fmt: skip
+    return _dispatch.as_output(out, maps.dtype)
+
+
+def _random_walk_backward_cuda(
+    grad: Tensor,
+    maps: Tensor,
+    affinity: Tensor,
+    radius: int,
+    beta: float,
+    steps: int,
+    solver: str,
+    tol: float,
+    wants_maps: bool,
+    wants_affinity: bool,
+) -> tuple[Tensor, Tensor]:
+    if _dispatch.gpu_kernel("random_walk_backward", maps.device.index)[0] == "triton":
+        from wsss_kernels.triton.random_walk import random_walk_backward
+
+        return random_walk_backward(grad, maps, affinity, radius, beta, steps, solver, tol, wants_maps, wants_affinity)
+    assert _dispatch.native is not None
+    grad, x, links = map(_dispatch.as_kernel_input, (grad, maps, affinity))
+    grad_maps = x.new_empty(maps.shape if wants_maps else 0)
+    grad_affinity = x.new_empty(affinity.shape if wants_affinity else 0)
+    call = _dispatch.CudaCall(x)
+    arguments = (*maps.shape, radius, beta, steps, SOLVERS.index(solver), tol)
+    shape, rest = arguments[:5], arguments[6:]
+    workspace = call.workspace(_dispatch.native.random_walk_backward_cuda_workspace(*shape, *rest, wants_affinity))
+    _dispatch.native.random_walk_backward_cuda(
+        grad.data_ptr(), x.data_ptr(), links.data_ptr(), grad_maps.data_ptr() if wants_maps else 0,
+        grad_affinity.data_ptr() if wants_affinity else 0, *arguments, workspace.data_ptr(), call.index, call.stream,
+    )  # fmt: skip
+    return grad_maps.to(maps.dtype), grad_affinity.to(affinity.dtype)
+
+
 def _random_walk_fake(maps: Tensor, *_: object) -> Tensor:
     return torch.empty_like(maps, memory_format=torch.contiguous_format)
 
@@ -156,6 +218,8 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 _dispatch.LIBRARY.impl("random_walk", _random_walk_cpu, "CPU")
 _dispatch.LIBRARY.impl("random_walk_backward", _random_walk_backward_cpu, "CPU")
+_dispatch.LIBRARY.impl("random_walk", _random_walk_cuda, "CUDA")
+_dispatch.LIBRARY.impl("random_walk_backward", _random_walk_backward_cuda, "CUDA")
 torch.library.register_fake("wsss_kernels::random_walk", _random_walk_fake, lib=_dispatch.LIBRARY)
 torch.library.register_fake("wsss_kernels::random_walk_backward", _random_walk_backward_fake, lib=_dispatch.LIBRARY)
 torch.library.register_autograd(
