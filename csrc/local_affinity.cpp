@@ -79,6 +79,7 @@ void local_affinity_cpu(const float* feats, float* out, float* scale, FeatureSha
   const size_t sums_size = size_t(hood.count) * kTileRows * widest;
   const Buffer<float> work((kForwardPack + sums_size) * threads), norms(cosine ? shape.batch * plane : 0);
   std::vector<double> row_sums(options.automatic ? rows * columns : 0);
+  expect_writes(out, shape.batch * image_out * sizeof(float));
   parallel(threads, [&](const Team& team) {
     float* const packed = work.get() + (kForwardPack + sums_size) * team.thread;
     if (cosine) {
@@ -131,6 +132,7 @@ void local_affinity_backward_cpu(const float* grad, const float* feats, const fl
   const size_t margin = size_t(hood.radius - 1) * pair_line(int(shape.width)), plane_size = pair_plane(problem);
   const Buffer<float> pairs(hood.count * plane_size), work(kBackwardPack * threads), norms(cosine ? plane : 0);
   for (int k = 0; k < hood.count; ++k) std::memset(pairs.get() + k * plane_size, 0, margin * sizeof(float));
+  expect_writes(grad_feats, shape.batch * image_in * sizeof(float));
   parallel(threads, [&](const Team& team) {
     const int first = int(team.begin(shape.height)), end = int(team.end(shape.height));
     for (int64_t b = 0; b < shape.batch; ++b) {

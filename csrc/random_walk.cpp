@@ -319,6 +319,7 @@ void random_walk_cpu(const float* maps, const float* affinity, float* out, WalkS
     std::memcpy(out, maps, count * sizeof(float));
     return;
   }
+  expect_writes(out, count * sizeof(float));
   ImageChunks images;
   for (int64_t b = 0; b < shape.batch; ++b) {
     const size_t image = size_t(b) * shape.channels * plane;
@@ -344,7 +345,10 @@ void random_walk_backward_cpu(const float* grad, const float* maps, const float*
                               float* grad_affinity, WalkShape shape, const WalkOptions& options, int threads) {
   const size_t plane = size_t(shape.height) * shape.width, count = size_t(shape.batch) * shape.channels * plane;
   const size_t affinity_count = size_t(shape.batch) * neighbour_count(options.radius) * plane;
-  if (grad_affinity) std::memset(grad_affinity, 0, affinity_count * sizeof(float));
+  if (grad_affinity) {
+    expect_writes(grad_affinity, affinity_count * sizeof(float));
+    std::memset(grad_affinity, 0, affinity_count * sizeof(float));
+  }
   if (count == 0) return;
   if (options.steps == 0) {
     if (grad_maps) std::memcpy(grad_maps, grad, count * sizeof(float));
