@@ -17,13 +17,14 @@ FALLBACK_TESTS := $(addprefix tests/test_,info.py labels.py colour.py neighbours
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench build clean
+.PHONY: help demo test lint bench gpu build clean
 
 help:
 	@echo "make demo    build, refine photographs, print the path of the picture"
 	@echo "make test    build, run every test, and the fall-back's with the compiled module hidden"
 	@echo "make lint    ruff, mypy, clang-format"
 	@echo "make bench   the speed table"
+	@echo "make gpu     build, prove and measure everything on this machine's GPU (PART='bench walk': a part of it)"
 	@echo "make build   compile again and say what this installation runs"
 	@echo "make clean   remove what was built (the packages in $(VENV) stay)"
 
@@ -43,6 +44,9 @@ lint: $(VENV)/.with-dev
 
 bench: $(VENV)/.with-bench
 	WSSS_REQUIRE_NATIVE=1 $(VENV_PYTHON) -m benchmarks
+
+gpu:
+	@PYTHON=$(if $(wildcard $(VENV_PYTHON)),$(VENV_PYTHON),$(PYTHON)) benchmarks/gpu.sh
 
 build: $(VENV)/.torch
 	$(PIP_INSTALL) --no-build-isolation -e .

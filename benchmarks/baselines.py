@@ -1,7 +1,7 @@
 """What a user would pick instead of wsss_kernels, written as carefully as a user can.
 
 "published": the formulation of AffinityNet and IRNet, re-expressed. "library": the best that plain PyTorch and SciPy
-offer for the same result.
+offer for the same result. What does not pass through SciPy runs on the device of its tensors.
 """
 
 from __future__ import annotations
@@ -53,12 +53,28 @@ def to_torch_csr(matrix: scipy.sparse.csr_array) -> Tensor:
     return torch.sparse_csr_tensor(starts, columns, values, matrix.shape, check_invariants=False)
 
 
+def torch_transition_csr(affinity: Tensor, beta: float) -> Tensor:
+    """D^-1 W of a batch, block-diagonal [BHW, BHW], built where the affinity [B, K, H, W] lies."""
+    width = affinity.shape[-1]
+    shares = transition_planes(affinity, beta).flatten(1)  # [taps, BHW]
+    moves = [0] + [s * (dy * width + dx) for dy, dx in neighbour_offsets(RADIUS) for s in (1, -1)]
+    move, order = torch.tensor(moves, device=affinity.device).sort()
+    values = shares[order].T.contiguous()  # a pixel's row, sorted by column
+    columns = torch.arange(len(values), device=affinity.device)[:, None] + move
+    linked = values > 0
+    starts = F.pad(linked.sum(dim=1).cumsum(dim=0), (1, 0))
+    return torch.sparse_csr_tensor(
+        starts.int(), columns[linked].int(), values[linked], (len(values),) * 2, check_invariants=False
+    )
+
+
 def torch_csr_walk(maps: Tensor, matrix: Tensor, steps: int) -> Tensor:
-    """`steps` sparse products, matrix given. maps [1, C, H, W]."""
-    x = maps[0].flatten(1).T.contiguous()  # [n, C]
+    """`steps` sparse products, matrix [BHW, BHW] given. maps [B, C, H, W]."""
+    x = maps.movedim(1, -1).flatten(0, 2).contiguous()  # [BHW, C]
     for _ in range(steps):
         x = matrix @ x
-    return x.T.reshape(maps.shape)
+    batch, _, height, width = maps.shape
+    return x.reshape(batch, height, width, -1).movedim(-1, 1).contiguous()
 
 
 def scipy_csr_walk(maps: Tensor, matrix: scipy.sparse.csr_array, steps: int) -> Tensor:
@@ -120,7 +136,7 @@ def dense_affinity(affinity: Tensor) -> Tensor:
     """Published: [1, K, H, W] -> the symmetric matrix [HW, HW] with 1 on its diagonal, by way of a sparse one."""
     _, _, height, width = affinity.shape
     n = height * width
-    number = torch.arange(n).view(height, width)
+    number = torch.arange(n, device=affinity.device).view(height, width)
     pairs, linked = [], []
     for k, (dy, dx) in enumerate(neighbour_offsets(RADIUS)):
         left, right = max(0, -dx), max(0, -dx, width - max(0, dx))
@@ -128,9 +144,9 @@ def dense_affinity(affinity: Tensor) -> Tensor:
         pairs.append(torch.stack([number[here].flatten(), number[here].flatten() + dy * width + dx]))
         linked.append(affinity[0, k][here].flatten())
     pair, value = torch.cat(pairs, dim=1), torch.cat(linked)
-    own = torch.arange(n).expand(2, n)
+    own = number.flatten().expand(2, n)
     index = torch.cat([pair, pair.flip(0), own], dim=1)
-    values = torch.cat([value, value, torch.ones(n)])
+    values = torch.cat([value, value, value.new_ones(n)])
     return torch.sparse_coo_tensor(index, values, (n, n), check_invariants=False).to_dense()
 
 
@@ -236,7 +252,7 @@ def background_map(cams: Tensor, alpha: float) -> Tensor:
 def published_refine(cams: Tensor, feats: Tensor, alpha: float, steps: int = 256) -> Tensor:
     """Published: gathered affinity, dense matrix, dense walk."""
     height, width = feats.shape[-2:]
-    pairs = gathered_affinity(feats, *published_pairs(height, width))
+    pairs = gathered_affinity(feats, *(index.to(feats.device) for index in published_pairs(height, width)))
     dense = dense_affinity(published_layout(pairs, height, width))
     return dense_walk(background_map(cams, alpha), dense, 8.0, steps)
 
@@ -246,6 +262,9 @@ def library_refine(cams: Tensor, feats: Tensor, alpha: float, steps: int, *, aut
     affinity = shifted_affinity(feats, automatic=automatic)
     if not automatic:
         affinity = published_layout(published_view(affinity), *feats.shape[-2:])
-    matrix = to_torch_csr(transition_matrix(affinity, 8.0))
+    if affinity.is_cuda:
+        matrix = torch_transition_csr(affinity, 8.0)
+    else:
+        matrix = to_torch_csr(transition_matrix(affinity, 8.0))
     refined = torch_csr_walk(background_map(cams, alpha), matrix, steps)
     return refined / refined.amax() if automatic else refined

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import baselines, sizes
+from benchmarks.device import Work
 from benchmarks.measure import Aim, Case, Inputs, Result, Way, relative_error, with_pytest
 from benchmarks.sizes import Size
 
@@ -137,6 +139,96 @@ def _call() -> Case:
     )
 
 
+# On a GPU -------------------------------------------------------------------------------------------------------------
+
+
+def _work(size: Size, *, backward: bool = False) -> Work:
+    """Forward: features read, affinity written. Backward: both and a gradient read, a gradient written."""
+    pixels = size.batch * size.height * size.width
+    forward = Work(flop=3 * size.dim * 34 * pixels, bytes=4 * pixels * (size.dim + 34))
+    if not backward:
+        return forward
+    return Work(flop=3 * forward.flop, bytes=forward.bytes + 4 * pixels * (2 * size.dim + 2 * 34))
+
+
+def _gpu_affinity(size: Size, batch: int) -> Case:
+    size = sizes.batched(size, batch)
+    case = _affinity(size, quick=batch == 1)
+    features = 4e-9 * batch * size.dim * size.height * size.width
+    ours, gather, shifted = case.ways
+    ways = (
+        replace(ours, work=_work(size)),
+        *((gather,) if batch == 1 else ()),
+        replace(shifted, gigabytes=5 * features),
+    )
+    return replace(case, ways=ways)
+
+
+def _gpu_training(size: Size) -> Case:
+    case = _training(size)
+    ours, *others = case.ways
+    return replace(case, groups=("affinity",), ways=(replace(ours, work=_work(size, backward=True)), *others))
+
+
+def _gradient(inputs: Inputs, affinity: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    feats = inputs["feats"].detach().requires_grad_()
+    result = affinity(feats)
+    return result.detach(), *torch.autograd.grad(result, feats, inputs["grad"])
+
+
+def _gpu_gradient(size: Size) -> Case:
+    """Forward and backward of the op alone, its upstream gradient given."""
+
+    def inputs(size: Size) -> Inputs:
+        generator = torch.Generator().manual_seed(5)
+        grad = torch.rand(size.batch, 34, size.height, size.width, generator=generator) - 0.5
+        return {"feats": sizes.features(size), "grad": grad}
+
+    def expected(i: Inputs) -> tuple[Tensor, ...]:
+        images = zip(i["feats"].double().split(1), i["grad"].double().split(1), strict=True)
+        results = [_gradient({"feats": f, "grad": g}, wk.reference.local_affinity) for f, g in images]
+        return tuple(torch.cat(parts) for parts in zip(*results, strict=True))
+
+    copies = 4e-9 * size.batch * size.dim * 34 * size.height * size.width
+    return Case(
+        name=f"affinity, forward + backward {size.name}",
+        op="local_affinity",
+        groups=("affinity",),
+        size=size,
+        channels=34,
+        inputs=inputs,
+        expected=expected,
+        ways=(
+            Way(
+                "ours",
+                "ours",
+                lambda i: lambda: _gradient(i, wk.local_affinity),
+                tolerance=1e-4,
+                work=_work(size, backward=True),
+            ),
+            Way(
+                "torch shifted views",
+                "library",
+                lambda i: lambda: _gradient(i, baselines.shifted_affinity),
+                tolerance=1e-4,
+                gigabytes=3 * copies,
+            ),
+        ),
+        quick=True,
+    )
+
+
+def _gpu_compiled(size: Size, batch: int) -> Case:
+    case = _gpu_affinity(size, batch)
+
+    def compiled(i: Inputs) -> Callable[[], Tensor]:
+        affinity = torch.compile(wk.reference.local_affinity, dynamic=False)
+        return lambda: affinity(i["feats"])
+
+    ways = (case.ways[0], Way("torch.compile of the reference", "library", compiled))
+    return replace(case, name=f"{case.name}, compiled", groups=("compile",), ways=ways, quick=False)
+
+
 CASES: list[Case] = [
     _affinity(
         sizes.PSA,
@@ -147,6 +239,14 @@ CASES: list[Case] = [
     _training(sizes.CROP_2, quick=True),
     _training(sizes.CROP, (Aim("gather, published", "ratio", least=50), Aim("ours", "peak_mb", most=100))),
     _call(),
+]
+
+GPU_CASES: list[Case] = [
+    *(_gpu_affinity(size, batch) for batch in sizes.GPU_BATCHES for size in sizes.GPU_SIZES),
+    _gpu_gradient(sizes.CROP),
+    _gpu_training(sizes.CROP),
+    _call(),
+    _gpu_compiled(sizes.PSA, 16),
 ]
 
 

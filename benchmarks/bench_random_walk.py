@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,12 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import baselines, sizes
+from benchmarks.device import Work
 from benchmarks.measure import Aim, Case, Inputs, Way, with_pytest
 from benchmarks.sizes import Size
+from wsss_kernels import _dispatch
+from wsss_kernels.ops.random_walk import SOLVERS
+from wsss_kernels.reference.random_walk import walk_step, walk_weights
 
 BETA, STEPS = 8.0, 256
 SUM_ERROR = 1e-3  # plain float32 sums over 256 products drift this far (the published squarings less)
@@ -167,6 +172,69 @@ def _call() -> Case:
     )
 
 
+# On a GPU -------------------------------------------------------------------------------------------------------------
+
+
+def _work(size: Size, channels: int, solver: str) -> Work:
+    """The products that the solver makes, with the weights in the half-stencil form and every map read and written."""
+    pixels = size.batch * size.height * size.width
+    series = _dispatch.native.walk_method(STEPS, SOLVERS.index(solver), 1e-4)[1] if _dispatch.native else []
+    products, each = (len(series) - 1, 2 * 69 + 4) if series else (STEPS, 2 * 69)
+    return Work(flop=each * products * pixels * channels, bytes=4 * pixels * (34 + 2 * channels))
+
+
+def _gpu_csr(inputs: Inputs) -> Callable[[], Tensor]:
+    matrix = baselines.torch_transition_csr(inputs["affinity"], BETA)
+    return lambda: baselines.torch_csr_walk(inputs["maps"], matrix, STEPS)
+
+
+def _gpu_walk(size: Size, batch: int, channels: int) -> Case:
+    size = sizes.batched(size, batch, dim=64)
+    pixels = size.height * size.width
+    flop = 2.0 * 69 * batch * pixels * channels * STEPS
+    ways = [
+        Way("ours, auto", "ours", _ours("auto"), tolerance=1e-4, work=_work(size, channels, "auto")),
+        Way("ours, power", "ours", _ours("power"), flop=flop, work=_work(size, channels, "power")),
+        Way("torch shifted views", "library", _shifted, SUM_ERROR, flop=flop, gigabytes=2e-6 * batch * pixels),
+    ]
+    if batch <= 16:
+        ways.append(Way("torch CSR", "library", _gpu_csr, tolerance=SUM_ERROR, flop=flop))
+    if batch == 1:
+        ways.append(Way("dense, published", "published", _dense, SUM_ERROR, gigabytes=5 * 4e-9 * pixels**2))
+    return Case(
+        name=f"walk {size.name} C={channels}",
+        op="random_walk",
+        groups=("walk",),
+        size=size,
+        channels=channels,
+        inputs=_inputs(channels),
+        expected=_expected,
+        ways=tuple(ways),
+        quick=batch == 1,
+    )
+
+
+def _compiled(inputs: Inputs) -> Callable[[], Tensor]:
+    """One step compiled and called again and again: all of them in one graph take torch an hour."""
+    weights = walk_weights(inputs["affinity"], baselines.RADIUS, BETA)
+    degree = baselines.transition_planes(inputs["affinity"], BETA)[0].reciprocal()
+    step, offsets = torch.compile(walk_step, dynamic=False), wk.neighbour_offsets(baselines.RADIUS)
+
+    def walk() -> Tensor:
+        x = inputs["maps"]
+        for _ in range(STEPS):
+            x = step(x, weights, degree, offsets)
+        return x
+
+    return walk
+
+
+def _gpu_compiled(size: Size, batch: int, channels: int) -> Case:
+    case = _gpu_walk(size, batch, channels)
+    compiled = Way("torch.compile of the reference's step", "library", _compiled, tolerance=SUM_ERROR)
+    return replace(case, name=f"{case.name}, compiled", groups=("compile",), ways=(case.ways[0], compiled), quick=False)
+
+
 CASES: list[Case] = [
     _walk(sizes.SMALL, 5, dense=True),
     _walk(sizes.PSA, 2, quick=True),
@@ -189,6 +257,13 @@ CASES: list[Case] = [
     _training(sizes.PSA, 5, 256, gigabytes=8),
     _huge(),
     _call(),
+]
+
+GPU_CASES: list[Case] = [
+    *(_gpu_walk(size, batch, 3) for batch in sizes.GPU_BATCHES for size in sizes.GPU_SIZES),
+    _training(sizes.PSA, 5, 256, gigabytes=8),
+    _call(),
+    _gpu_compiled(sizes.PSA, 16, 3),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -153,7 +154,21 @@ def _large() -> Case:
     )
 
 
+def _gpu_batch(size: Size, batch: int) -> Case:
+    size = sizes.batched(size, batch)
+    case = _default()
+    name = f"refine_cams {size.name} C=2 background=16"
+    return replace(case, name=name, groups=("refine",), size=size, ways=case.ways[:1], aims=(), quick=False)
+
+
 CASES: list[Case] = [_default(), _published(), _picture(), _ragged(), _large()]
+GPU_CASES: list[Case] = [
+    replace(_default(), groups=("refine",), aims=()),
+    _gpu_batch(sizes.PSA, 16),
+    _gpu_batch(sizes.IRN, 16),
+    _published(),
+    _picture(),
+]
 
 
 def test_refine_cams(benchmark: Any, case: Case, way: Way) -> None:

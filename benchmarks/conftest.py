@@ -27,8 +27,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def leave_out(request: pytest.FixtureRequest) -> None:
     from benchmarks.measure import skip_reason
 
-    if "case" not in request.fixturenames:
+    if "way" not in request.fixturenames:
         return
-    reason = skip_reason(request.getfixturevalue("case"), request.getfixturevalue("way"), full=False)
+    reason = skip_reason(request.getfixturevalue("way"), full=False)
     if reason:
         pytest.skip(reason)

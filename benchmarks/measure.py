@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import wsss_kernels as wk
+from benchmarks.device import Work
 from benchmarks.sizes import Size
 from wsss_kernels import _dispatch
 
@@ -65,6 +66,7 @@ class Way:
     tolerance: float = 1e-5  # of the error against float64; a way above it gets no number
     compare: Callable[[Result, Result, Inputs], float] = relative_error
     flop: float | None = None
+    work: Work | None = None  # for the limit of the GPU
     gigabytes: float = 0.0  # free memory without which the way is left out
     only_full: bool = False  # takes minutes
 
@@ -100,12 +102,14 @@ COLUMNS = (
     "date", "commit", "dirty", "machine", "cores", "isa", "threads", "python", "torch", "numpy", "scipy",
     "wsss_kernels", "op", "group", "case", "size", "batch", "channels", "dim", "height", "width", "way", "kind",
     "status", "error", "median_ms", "min_ms", "visits", "ratio", "ratio_low", "ratio_high", "ratio_to", "gflops",
-    "peak_mb", "output_mb",
+    "peak_mb", "output_mb", "device", "driver", "cuda", "triton", "peak_tflops", "copy_tbs", "kernel", "timing",
+    "eager_ms", "images_per_s", "launches", "limit_ms", "limit_reached",
 )  # fmt: skip
 
 
-def all_cases() -> list[Case]:
-    return [case for module in MODULES for case in importlib.import_module(module).CASES]
+def all_cases(device: str = "cpu") -> list[Case]:
+    name = "CASES" if device == "cpu" else "GPU_CASES"
+    return [case for module in MODULES for case in getattr(importlib.import_module(module), name)]
 
 
 # Where --------------------------------------------------------------------------------------------------------------
@@ -136,7 +140,7 @@ def environment() -> Row:
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
+        "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get("WSSS_COMMIT"),
         "dirty": None if changes is None else bool(changes),
         "machine": _cpu_model(),
         "cores": os.cpu_count(),
@@ -147,11 +151,13 @@ def environment() -> Row:
         "numpy": np.__version__,
         "scipy": scipy.__version__,
         "wsss_kernels": wk.__version__,
+        "device": "cpu",
     }
 
 
 def machine_slug(row: Row) -> str:
-    words = f"{row['machine']} {row['cores']} cores".lower().replace("family ", "f").replace("model ", "m")
+    cores = "" if row.get("device") == "cuda" else f" {row['cores']} cores"
+    words = f"{row['machine']}{cores}".lower().replace("family ", "f").replace("model ", "m")
     return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
 
 
@@ -173,7 +179,11 @@ def _seconds(function: Callable[[], object], calls: int = 1) -> float:
 
 
 def interleave(
-    functions: Mapping[str, Callable[[], object]], guess: Mapping[str, float], rounds: int, budget: float
+    functions: Mapping[str, Callable[[], object]],
+    guess: Mapping[str, float],
+    rounds: int,
+    budget: float,
+    seconds: Callable[[Callable[[], object], int], float] = _seconds,
 ) -> dict[str, list[float]]:
     """Seconds a call, by way and round, NaN where a slow way sat a round out.
 
@@ -197,7 +207,7 @@ def interleave(
                     continue
                 if calls > 1:
                     function()  # brings its data back into the caches
-                times[name].append(_seconds(function, calls))
+                times[name].append(seconds(function, calls))
     finally:
         gc.enable()
     return times
@@ -270,12 +280,21 @@ def peak_memory(case: Case, way: Way, timeout: float = 900) -> tuple[float | Non
 # A case ---------------------------------------------------------------------------------------------------------------
 
 
-def skip_reason(case: Case, way: Way, full: bool) -> str:
+def skip_reason(way: Way, full: bool, gigabytes: float | None = None) -> str:
     if way.only_full and not full:
         return "left out: takes minutes (--full)"
-    if available_gigabytes() < way.gigabytes:
-        return f"left out: needs {way.gigabytes:g} GB of free memory"
+    if (available_gigabytes() if gigabytes is None else gigabytes) < way.gigabytes:
+        return f"left out: needs {way.gigabytes:.3g} GB of free memory"
     return ""
+
+
+def new_row(case: Case, way: Way, place: Row, full: bool, gigabytes: float | None = None) -> Row:
+    size = case.size
+    row: Row = {**dict.fromkeys(COLUMNS), **place}
+    row.update(op=case.op, group=case.groups[0], case=case.name, size=size.name, batch=size.batch)
+    row.update(channels=case.channels, dim=size.dim, height=size.height, width=size.width)
+    row.update(way=way.name, kind=way.kind, status=skip_reason(way, full, gigabytes) or "ok")
+    return row
 
 
 def check(way: Way, function: Callable[[], Result], expected: Result, inputs: Inputs) -> tuple[float, float]:
@@ -295,19 +314,11 @@ def run_case(
 ) -> list[Row]:
     """One row a way. An "ours" row's ratio is the fastest library way's time over its own (else the fastest published
     one's), another row's ratio its own time over the first of ours: above 1 ours is faster."""
-    size = case.size
-    rows: dict[str, Row] = {}
-    for way in case.ways:
-        row: Row = dict.fromkeys(COLUMNS)
-        row.update(place)
-        row.update(op=case.op, group=case.groups[0], case=case.name, size=size.name, batch=size.batch)
-        row.update(channels=case.channels, dim=size.dim, height=size.height, width=size.width)
-        row.update(way=way.name, kind=way.kind, status=skip_reason(case, way, full) or "ok")
-        rows[way.name] = row
+    rows = {way.name: new_row(case, way, place, full) for way in case.ways}
     ways = [way for way in case.ways if rows[way.name]["status"] == "ok"]
     if case.timed:
         times = _run_times(case, ways, rows, rounds, budget)
-        _compare(case, times, rows)
+        compare_ways(case, times, rows)
     if memory:
         for way in ways:
             if rows[way.name]["status"] == "ok" and way.kind != "context":
@@ -334,14 +345,17 @@ def _run_times(case: Case, ways: list[Way], rows: dict[str, Row], rounds: int, b
     times = interleave(functions, guess, rounds, budget)
     for way in ways:
         if way.name in times:
-            kept = [1e3 * t for t in times[way.name] if not math.isnan(t)]
-            row = rows[way.name]
-            row.update(median_ms=statistics.median(kept), min_ms=min(kept), visits=len(kept))
-            row["gflops"] = way.flop / row["median_ms"] / 1e6 if way.flop else None
+            note_times(rows[way.name], way, times[way.name])
     return times
 
 
-def _compare(case: Case, times: dict[str, list[float]], rows: dict[str, Row]) -> None:
+def note_times(row: Row, way: Way, times: Sequence[float]) -> None:
+    kept = [1e3 * t for t in times if not math.isnan(t)]
+    row.update(median_ms=statistics.median(kept), min_ms=min(kept), visits=len(kept))
+    row["gflops"] = way.flop / row["median_ms"] / 1e6 if way.flop else None
+
+
+def compare_ways(case: Case, times: dict[str, list[float]], rows: dict[str, Row]) -> None:
     def of(kind: str) -> list[str]:
         return [way.name for way in case.ways if way.kind == kind and way.name in times]
 

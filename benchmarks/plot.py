@@ -29,7 +29,7 @@ def newest(rows: list[Row], channels: int, machine: str | None) -> list[Row]:
         for row in rows
         if row["op"] == "random_walk" and row["group"] == "walk" and row["channels"] == channels
         and row["way"] in LINES and row["status"] == "ok" and row["median_ms"] and "backward" not in row["case"]
-        and (machine is None or machine_slug(row) == machine)
+        and (row.get("device", "cpu") == "cpu" if machine is None else machine_slug(row) == machine)
     ]  # fmt: skip
     if not kept:
         return []
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT)
     parser.add_argument("--channels", type=int, default=5, help="number of maps walked (default 5)")
-    parser.add_argument("--machine", help="as in the names of the files (default: that of the newest row)")
+    parser.add_argument("--machine", help="as in the names of the files (default: that of the newest CPU row)")
     options = parser.parse_args(argv)
     files = options.files or sorted(RESULTS.glob("random_walk--*.jsonl"))
     missing = [str(path) for path in files if not path.is_file()]

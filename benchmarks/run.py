@@ -1,6 +1,7 @@
 """`python -m benchmarks`: the table of speed and memory, each way checked against float64 before it is timed.
 
 python -m benchmarks [--quick | --full] [--only walk affinity refine memory overhead] [--threads N] [--write]
+python -m benchmarks --device cuda [--only walk affinity refine overhead compile] [--ours] [--write]
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import measure_gpu
+from benchmarks.device import Gpu
 from benchmarks.measure import (
     COLUMNS,
     RESULTS,
@@ -29,7 +32,7 @@ from benchmarks.measure import (
     run_case,
 )
 
-GROUPS = ("walk", "affinity", "refine", "memory", "overhead")
+GROUPS = ("walk", "affinity", "refine", "memory", "overhead", "compile")  # compile: on a GPU
 IMPORT = "import time, torch; start = time.perf_counter(); import wsss_kernels; print(time.perf_counter() - start)"
 
 
@@ -85,6 +88,29 @@ def table(rows: list[Row], cases: dict[str, Case]) -> str:
     return "\n".join(lines)
 
 
+def gpu_table(rows: list[Row]) -> str:
+    """Markdown, a section a group."""
+    lines = []
+    for group in dict.fromkeys(row["group"] for row in rows):
+        lines += [f"\n### {group}\n"]
+        lines += ["| case | way | ms | min | eager | images/s | ours is faster by | launches | of the limit | error |"]
+        lines += ["|---|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+        previous = None
+        for row in (row for row in rows if row["group"] == group):
+            name, previous = row["case"] if row["case"] != previous else "", row["case"]
+            way = f"{row['way']} ({row['kernel']})" if row["kernel"] else row["way"]
+            if row["status"] != "ok":
+                lines.append(f"| {name} | {way} | {row['status']} | | | | | | | |")
+                continue
+            ms = shown(row["median_ms"]) + ("" if row["timing"] == "graph" else " (no graph)")
+            ratio = "" if row["ratio"] is None else f"{shown(row['ratio'])}x"
+            limit = "" if row["limit_reached"] is None else f"{100 * row['limit_reached']:.0f} %"
+            cells = [name, way, ms, shown(row["min_ms"]), shown(row["eager_ms"]), shown(row["images_per_s"])]
+            cells += [ratio, str(row["launches"] or ""), limit, "" if row["error"] is None else f"{row['error']:.0e}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _met(aim: Aim, value: float) -> bool:
     return aim.least <= value <= aim.most
 
@@ -93,8 +119,8 @@ def findings(rows: list[Row], cases: dict[str, Case]) -> str:
     """What is wrong, what was lost to somebody else's way, and how the aims stand."""
     lines = []
     for row in rows:
-        if row["status"].startswith("wrong"):
-            lines.append(f"- WRONG: {row['case']}, {row['way']}: {row['status']}")
+        if row["status"].startswith(("wrong", "failed")):
+            lines.append(f"- {row['status'].partition(':')[0].upper()}: {row['case']}, {row['way']}: {row['status']}")
         elif row["ratio"] and row["ratio"] < 1 and row["kind"] != "context":
             lines.append(f"- LOST: {row['case']}, {row['way']}: {shown(row['ratio'])}x against {row['ratio_to']}")
     by_name = {(row["case"], row["way"]): row for row in rows}
@@ -119,6 +145,19 @@ def write(rows: list[Row], folder: Path = RESULTS) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
+def heading(place: Row) -> str:
+    versions = (
+        f"wsss_kernels {place['wsss_kernels']} ({place['commit']}{', changed' if place['dirty'] else ''}), torch "
+        f"{place['torch']}, numpy {place['numpy']}, scipy {place['scipy']}, Python {place['python']}; {place['date']}"
+    )
+    if place["device"] == "cpu":
+        return f"{place['machine']}, {place['cores']} cores, {place['isa']}, {place['threads']} threads; {versions}"
+    return (
+        f"{place['machine']}, driver {place['driver']}, CUDA {place['cuda']}, Triton {place['triton']}; limits: "
+        f"{shown(place['peak_tflops'])} TFLOP/s in float32, {shown(place['copy_tbs'])} TB/s copied; {versions}"
+    )
+
+
 def _groups(text: list[str]) -> list[str]:
     return [word for part in text for word in part.split(",") if word]
 
@@ -129,11 +168,14 @@ def main(argv: list[str] | None = None) -> int:
     extent.add_argument("--quick", action="store_true", help="a few cases, under a minute")
     extent.add_argument("--full", action="store_true", help="also the cases that take minutes each")
     parser.add_argument("--only", nargs="+", default=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: the cases of a GPU")
+    parser.add_argument("--ours", action="store_true", help="with --device cuda: nobody else's ways")
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
     parser.add_argument("--rounds", type=int, help="turns every way gets (default 15, quick 5)")
     parser.add_argument(
         "--write", action=argparse.BooleanOptionalAction, default=False, help=f"append to {RESULTS.name}/"
     )
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="... or to this folder")
     options = parser.parse_args(argv)
     only = _groups(options.only)
     if not set(only) <= set(GROUPS):
@@ -144,36 +186,46 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
 
     os.environ.setdefault("WSSS_REQUIRE_NATIVE", "1")  # nothing is timed that fell back to the reference
-    place = environment()
-    cases = {case.name: case for case in select(all_cases(), only, quick=options.quick, full=options.full)}
-    rounds = options.rounds or (5 if options.quick else 15)
-    budget = 0.6 if options.quick else 2.0
+    on_gpu = options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        print("--device cuda: torch finds no CUDA device here; `python -m wsss_kernels` says why", file=sys.stderr)
+        return 1
+    gpu = Gpu() if on_gpu else None
+    place = environment() | (gpu.about if gpu else {})
+    cases = {
+        case.name: case for case in select(all_cases(options.device), only, quick=options.quick, full=options.full)
+    }
+    rounds = options.rounds or (5 if options.quick else 7 if on_gpu else 15)
+    budget = 0.3 if on_gpu else 0.6 if options.quick else 2.0
     rows: list[Row] = []
     written: list[Path] = []
     for number, case in enumerate(cases.values(), 1):
         start = time.perf_counter()
         print(f"[{number}/{len(cases)}] {case.name}", end="", file=sys.stderr, flush=True)
-        new = run_case(case, place, rounds=rounds, budget=budget, full=options.full, memory=case.unit != "us")
+        if gpu:
+            new = measure_gpu.run_case(
+                case, place, gpu, rounds=rounds, budget=budget, full=options.full, ours=options.ours
+            )
+        else:
+            new = run_case(case, place, rounds=rounds, budget=budget, full=options.full, memory=case.unit != "us")
         rows += new
-        written += write(new) if options.write else []  # at once: what comes later may be interrupted
+        written += write(new, options.folder) if options.write else []  # at once: what comes later may be interrupted
         print(f": {time.perf_counter() - start:.1f} s", file=sys.stderr)
-    if "overhead" in only:
+    if "overhead" in only and not on_gpu:
         rows.append(import_row(place))
-        written += write(rows[-1:]) if options.write else []
+        written += write(rows[-1:], options.folder) if options.write else []
     rows.sort(key=lambda row: GROUPS.index(row["group"]))
 
-    print(
-        f"{place['machine']}, {place['cores']} cores, {place['isa']}, {place['threads']} threads; wsss_kernels "
-        f"{place['wsss_kernels']} ({place['commit']}{', changed' if place['dirty'] else ''}), torch {place['torch']}, "
-        f"numpy {place['numpy']}, scipy {place['scipy']}, Python {place['python']}; {place['date']}"
-    )
-    print(table(rows, cases))
+    print(heading(place))
+    print(gpu_table(rows) if on_gpu else table(rows, cases))
     found = findings(rows, cases)
     if found:
         print(f"\n### findings\n\n{found}")
     if written:
         print("\nwritten:", *dict.fromkeys(path.name for path in written))
-    return 1 if any(row["status"].startswith("wrong") for row in rows) else 0
+    ours = [row for row in rows if row["kind"] == "ours"]
+    wrong = any(row["status"].startswith("wrong") for row in rows)
+    return 1 if wrong or any(row["status"].startswith("failed") for row in ours) else 0
 
 
 if __name__ == "__main__":

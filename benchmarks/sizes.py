@@ -28,6 +28,10 @@ class Size:
         )
 
 
+def batched(size: Size, batch: int, **changed: int) -> Size:
+    return replace(size, name=f"{size.name} batch {batch}", batch=batch, **changed)
+
+
 CALL = Size("4x4", 4, 4, dim=1)  # nothing to compute: what a call costs
 SMALL = Size("24x32", 24, 32)
 PSA = Size("psa 47x63", 47, 63)  # a 375x500 picture at stride 8, AffinityNet's inference
@@ -37,6 +41,8 @@ CROP = Size("crop 56x56 batch 8", 56, 56, batch=8)  # AffinityNet's training: 44
 CROP_2 = Size("crop 56x56 batch 2", 56, 56, batch=2)
 LARGE = Size("256x256", 256, 256, dim=64)
 HUGE = Size("1024x1024", 1024, 1024, dim=1)
+GPU_SIZES = (PSA, IRN, SQUARE)
+GPU_BATCHES = (1, 16, 256)
 PICTURE = (375, 500)  # pixels, height and width of the most common PASCAL VOC picture
 
 

@@ -1,16 +1,24 @@
-"""What the tests share: devices, tolerances, and the ops computed a second time in float64, by other means."""
+"""What the tests share: devices, tolerances, and the ops computed a second time in float64, by other means.
+
+A test that takes `device`, or the fixture `wk` in place of the module, runs on the CPU and on a GPU where there is one.
+`pytest --device cuda` runs those alone, and the tests only a GPU can show, all of them with a kernel of the GPU's own.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+import wsss_kernels
 from wsss_kernels import _dispatch
 from wsss_kernels.info import info
 
@@ -21,15 +29,27 @@ OPS = ("local_affinity", "random_walk")
 
 _quick = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("ci", max_examples=50 if _dispatch.native else 10, derandomize=True, **_quick)
+hypothesis.settings.register_profile("gpu", max_examples=15, derandomize=True, **_quick)
 hypothesis.settings.register_profile("release", max_examples=300, derandomize=False, **_quick)
 hypothesis.settings.load_profile("ci")
 
 
 def pytest_addoption(parser):
     parser.addoption("--release", action="store_true", help="also the long tests, and 300 examples a property")
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="cpu: leave the GPU alone; cuda: only what runs on it, and never the reference (default: what there is)",
+    )
 
 
 def pytest_configure(config):
+    if config.getoption("--device") == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch finds no CUDA device")
+        os.environ["WSSS_REQUIRE_NATIVE"] = "1"  # a test whose op falls back to the reference fails
+        hypothesis.settings.load_profile("gpu")
+    config.addinivalue_line("markers", "gpu: only a GPU can show it; skipped without one")
     config.addinivalue_line("markers", "native: needs the compiled module; skipped with WSSS_DISABLE_NATIVE=1")
     config.addinivalue_line("markers", "release: takes minutes; runs with --release")
     config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support is in beta")
@@ -37,8 +57,24 @@ def pytest_configure(config):
         hypothesis.settings.load_profile("release")
 
 
+def devices(config) -> list[str]:
+    wanted = config.getoption("--device")
+    return [wanted] if wanted else ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", devices(metafunc.config), indirect=True)
+
+
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "cuda":
+        there = [item for item in items if "device" in item.fixturenames or item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in there])
+        items[:] = there
     for item in items:
+        if item.get_closest_marker("gpu") and "cuda" not in devices(config):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
         if "release" in item.keywords and not config.getoption("--release"):
             item.add_marker(pytest.mark.skip(reason="runs with --release"))
         if "native" in item.keywords and os.environ.get("WSSS_DISABLE_NATIVE") == "1":
@@ -58,11 +94,41 @@ def native_or_told_so():
     assert not fallen_back, f"these run no native kernel on the CPU: {fallen_back}"
 
 
-@pytest.fixture(
-    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-)
+@pytest.fixture(scope="session")
 def device(request) -> torch.device:
     return torch.device(request.param)
+
+
+class OnDevice:
+    """The package for tests that keep their data on the CPU: tensors go to the device, results come back."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(wsss_kernels, name)
+
+        def there_and_back(*args, **kwargs):
+            args, kwargs = tree_map_only(Tensor, lambda x: x.to(self.device), (args, kwargs))
+            return tree_map_only(Tensor, Tensor.cpu, function(*args, **kwargs))
+
+        return there_and_back
+
+
+@pytest.fixture(scope="session")
+def wk(device):
+    """wsss_kernels, computing on the device."""
+    return wsss_kernels if device.type == "cpu" else OnDevice(device)
+
+
+@pytest.fixture(scope="session")
+def same(device):
+    """same(x, y, tol): equal bit for bit; on a GPU, where the shape decides how the work is cut, within tol."""
+
+    def check(x: Tensor, y: Tensor, tol: float = 1e-5) -> bool:
+        return torch.equal(x, y) if device.type == "cpu" and _dispatch.native else relative_error(x, y) <= tol
+
+    return check
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -82,13 +148,13 @@ def nan_filled():
 
 
 def _storage_offset(x: Tensor) -> Tensor:
-    flat = torch.empty(x.numel() + 3, dtype=x.dtype)
+    flat = x.new_empty(x.numel() + 3)
     flat[3:] = x.flatten()
     return flat[3:].view(x.shape)  # 12 bytes past the allocation in float32: no vector is aligned
 
 
 def _every_second(x: Tensor) -> Tensor:
-    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"), dtype=x.dtype)
+    wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
     wide[..., ::2] = x
     return wide[..., ::2]
 
@@ -142,7 +208,7 @@ def assert_close():
 
 
 class Oracle:
-    """The ops once more: explicit lists of pairs and matrices in float64, sharing no code with the package."""
+    """The ops once more, on the CPU: explicit lists of pairs and matrices in float64, no code of the package's."""
 
     @staticmethod
     @functools.lru_cache
@@ -167,7 +233,7 @@ class Oracle:
     @staticmethod
     def affinity(feats: Tensor, radius: int = 5, metric: str = "l1", scale: float | str = 1.0, border: str = "full"):
         batch, _, height, width = feats.shape
-        x = feats.double().flatten(2)
+        x = feats.double().cpu().flatten(2)
         pairs, chosen = Oracle.links(height, width, radius), Oracle.links(height, width, radius, border)
 
         def distances(links):
@@ -196,7 +262,7 @@ class Oracle:
         """Source, target and [B, links] weight of every pair of the map, each once."""
         height, width = affinity.shape[-2:]
         k, source, target = Oracle.links(height, width, radius)
-        a = affinity.double().flatten(2)[:, k, source]
+        a = affinity.double().cpu().flatten(2)[:, k, source]
         return source, target, torch.where(a > 0, torch.where(a > 0, a, 1.0) ** beta, 0.0)
 
     @staticmethod
@@ -213,7 +279,7 @@ class Oracle:
     @staticmethod
     def dense_walk(maps: Tensor, affinity: Tensor, radius: int = 5, beta: float = 8.0, steps: int = 256) -> Tensor:
         power = torch.linalg.matrix_power(Oracle.transition(affinity, radius, beta), steps)
-        return (maps.double().flatten(2) @ power.mT).reshape(maps.shape)
+        return (maps.double().cpu().flatten(2) @ power.mT).reshape(maps.shape)
 
     @staticmethod
     def walk(maps: Tensor, affinity: Tensor, radius: int = 5, beta: float = 8.0, steps: int = 256) -> Tensor:
@@ -223,7 +289,7 @@ class Oracle:
         every = torch.arange(pixels)
         rows, columns = torch.cat([source, target, every]), torch.cat([target, source, every])
         out = []
-        for x, value in zip(maps.detach().double(), values, strict=True):
+        for x, value in zip(maps.detach().double().cpu(), values, strict=True):
             value = torch.cat([value, value, torch.ones(pixels, dtype=torch.float64)])
             degree = torch.zeros(pixels, dtype=torch.float64).index_add(0, rows, value)
             with warnings.catch_warnings():
@@ -235,7 +301,7 @@ class Oracle:
             for _ in range(steps):
                 y = p @ y
             out.append(y.T.reshape(x.shape))
-        return torch.stack(out) if out else maps.double()
+        return torch.stack(out) if out else maps.double().cpu()
 
 
 @pytest.fixture(scope="session")

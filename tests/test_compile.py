@@ -20,8 +20,8 @@ SIZES = [
 ]
 
 
-def rand(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+def rand(*shape, seed=0, device="cpu"):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def refine(feats, maps):
@@ -41,7 +41,7 @@ def fresh_compiler():
 
 @pytest.mark.native
 @pytest.mark.parametrize("solver, metric", [("auto", "l1"), ("power", "cosine")])
-def test_compiled_equals_eager(solver, metric):
+def test_compiled_equals_eager(device, solver, metric):
     """No graph break, and the second shape (dynamic) serves all that follow."""
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
@@ -51,7 +51,8 @@ def test_compiled_equals_eager(solver, metric):
 
     compiled = torch.compile(op, fullgraph=True, dynamic=True, backend=counter)
     for size in SIZES:
-        inputs = [rand(*size).requires_grad_(), rand(size[0], 3, *size[2:], seed=1).requires_grad_()]
+        inputs = [rand(*size, device=device), rand(size[0], 3, *size[2:], seed=1, device=device)]
+        inputs = [x.requires_grad_() for x in inputs]
         expected, out = op(*inputs), compiled(*inputs)
         assert torch.equal(out, expected)
         assert out.stride() == expected.stride()
@@ -62,23 +63,24 @@ def test_compiled_equals_eager(solver, metric):
 
 
 @pytest.mark.native
-def test_static_shapes_recompile_to_dynamic_ones():
+def test_static_shapes_recompile_to_dynamic_ones(device):
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(refine, fullgraph=True, backend=counter)
-    for size in SIZES:  # torch compiles a batch of 1 apart
-        feats, maps = rand(size[0] + 1, *size[1:]), rand(size[0] + 1, 3, *size[2:], seed=1)
+    for size in SIZES:
+        batch = size[0] + 1  # torch compiles a batch of 1 apart
+        feats, maps = rand(batch, *size[1:], device=device), rand(batch, 3, *size[2:], seed=1, device=device)
         assert torch.equal(compiled(feats, maps), refine(feats, maps))
     assert counter.frame_count <= 1 + 2
 
 
 @pytest.mark.native
-def test_options_of_a_compiled_call():
+def test_options_of_a_compiled_call(device):
     def op(feats, maps, radius, beta, steps, scale):
         affinity = wk.local_affinity(feats, radius, scale=scale)
         return wk.random_walk(maps, affinity, radius=radius, beta=beta, steps=steps)
 
     compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
-    feats, maps = rand(1, 4, 9, 11), rand(1, 3, 9, 11, seed=1)
+    feats, maps = rand(1, 4, 9, 11, device=device), rand(1, 3, 9, 11, seed=1, device=device)
     for options in ((5, 8.0, 16, 1.0), (3, 8.0, 16, "auto"), (3, 10, 20, 0.5), (5, 2.5, 0, 2)):
         assert torch.equal(compiled(feats, maps, *options), op(feats, maps, *options))
 
@@ -90,11 +92,12 @@ def test_refusals_of_a_compiled_call():
 
 
 @pytest.mark.native
-def test_inductor(tmp_path, monkeypatch):
+def test_inductor(device, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     compiled = torch.compile(refine, fullgraph=True, dynamic=True)
     for size in SIZES[2:3]:
-        inputs = [rand(*size).requires_grad_(), rand(size[0], 3, *size[2:], seed=1).requires_grad_()]
+        inputs = [rand(*size, device=device), rand(size[0], 3, *size[2:], seed=1, device=device)]
+        inputs = [x.requires_grad_() for x in inputs]
         expected, out = refine(*inputs), compiled(*inputs)
         torch.testing.assert_close(out, expected)
         wanted = torch.autograd.grad(expected.square().sum(), inputs)
@@ -119,9 +122,11 @@ def test_export():
 # opcheck
 
 
-def walk_arguments(batch, channels, height, width, radius, steps=9, dtype=torch.float32, grad=False, strided=False):
-    maps = rand(batch, channels, height, width).to(dtype)
-    affinity = rand(batch, len(wk.neighbour_offsets(radius)), height, width, seed=1).to(dtype)
+def walk_arguments(
+    device, batch, channels, height, width, radius, steps=9, dtype=torch.float32, grad=False, strided=False
+):
+    maps = rand(batch, channels, height, width, device=device).to(dtype)
+    affinity = rand(batch, len(wk.neighbour_offsets(radius)), height, width, seed=1, device=device).to(dtype)
     if strided:
         maps, affinity = maps.contiguous(memory_format=torch.channels_last), affinity.mT.contiguous().mT
     return maps.requires_grad_(grad), affinity.requires_grad_(grad), radius, 8.0, steps, "auto", 1e-4
@@ -138,16 +143,16 @@ WALKS = [
 
 @pytest.mark.native
 @pytest.mark.parametrize("sample", WALKS)
-def test_opcheck_of_the_walk(sample):
-    torch.library.opcheck(OPS.random_walk.default, walk_arguments(**sample))
+def test_opcheck_of_the_walk(device, sample):
+    torch.library.opcheck(OPS.random_walk.default, walk_arguments(device, **sample))
 
 
 @pytest.mark.native
 @pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("sample", WALKS)
-def test_opcheck_of_the_backward_walk(sample, wants):
-    arguments = walk_arguments(**sample | {"grad": False})
-    grad = rand(*arguments[0].shape, seed=2).to(arguments[0].dtype)
+def test_opcheck_of_the_backward_walk(device, sample, wants):
+    arguments = walk_arguments(device, **sample | {"grad": False})
+    grad = rand(*arguments[0].shape, seed=2, device=device).to(arguments[0].dtype)
     torch.library.opcheck(OPS.random_walk_backward.default, (grad, *arguments, *wants))
 
 
@@ -162,8 +167,8 @@ AFFINITIES = [
 
 @pytest.mark.native
 @pytest.mark.parametrize("shape, dtype, grad, options", AFFINITIES)
-def test_opcheck_of_the_affinity(shape, dtype, grad, options):
-    feats = rand(*shape).to(dtype)
+def test_opcheck_of_the_affinity(device, shape, dtype, grad, options):
+    feats = rand(*shape, device=device).to(dtype)
     torch.library.opcheck(OPS.local_affinity.default, (feats.requires_grad_(grad), *options))
     strided = feats.detach().contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(OPS.local_affinity.default, (strided, *options))
@@ -171,10 +176,10 @@ def test_opcheck_of_the_affinity(shape, dtype, grad, options):
 
 @pytest.mark.native
 @pytest.mark.parametrize("shape, dtype, grad, options", AFFINITIES)
-def test_opcheck_of_the_backward_affinity(shape, dtype, grad, options):
-    feats = rand(*shape).to(dtype)
+def test_opcheck_of_the_backward_affinity(device, shape, dtype, grad, options):
+    feats = rand(*shape, device=device).to(dtype)
     affinity, scales = OPS.local_affinity(feats, *options)
-    upstream = rand(*affinity.shape, seed=2).to(dtype)
+    upstream = rand(*affinity.shape, seed=2, device=device).to(dtype)
     torch.library.opcheck(OPS.local_affinity_backward.default, (upstream, feats, affinity, scales, *options))
 
 
@@ -183,13 +188,14 @@ def test_opcheck_of_the_backward_affinity(shape, dtype, grad, options):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_fake_tensors_tell_the_truth(layout, dtype):
+def test_fake_tensors_tell_the_truth(device, layout, dtype):
     place = {
         "contiguous": lambda x: x,
         "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
         "transposed": lambda x: x.mT.contiguous().mT,
     }[layout]
-    feats, maps = place(rand(2, 5, 6, 7).to(dtype)), place(rand(2, 3, 6, 7, seed=1).to(dtype))
+    feats = place(rand(2, 5, 6, 7, device=device).to(dtype))
+    maps = place(rand(2, 3, 6, 7, seed=1, device=device).to(dtype))
 
     def everything(feats, maps):
         feats, maps = feats.detach().requires_grad_(), maps.detach().requires_grad_()
@@ -289,12 +295,16 @@ def test_second_derivatives_are_right_or_refused():
     assert refused_or(lambda: second(maps, affinity), second(*exact).float())
 
 
+def leaves(device):
+    return FEATS[0].to(device, copy=True).requires_grad_(), MAPS[0].to(device, copy=True).requires_grad_()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    feats, maps = FEATS[0].clone().requires_grad_(), MAPS[0].clone().requires_grad_()
+def test_autocast(device, dtype):
+    feats, maps = leaves(device)
     expected = wk.random_walk(maps, wk.local_affinity(feats), steps=9)
-    with torch.autocast("cpu", dtype):
-        low = feats.flatten(2).mT @ torch.eye(4)  # what autocast makes of a product
+    with torch.autocast(device.type, dtype):
+        low = feats.flatten(2).mT @ torch.eye(4, device=device)  # what autocast makes of a product
         out = wk.random_walk(maps, wk.local_affinity(feats), steps=9)
         mixed = wk.random_walk(maps, wk.local_affinity(low.mT.unflatten(2, (6, 7))), steps=9)
     assert low.dtype == dtype and out.dtype == mixed.dtype == torch.float32
@@ -304,8 +314,8 @@ def test_autocast(dtype):
     assert feats.grad.isfinite().all() and feats.grad.dtype == torch.float32
 
 
-def test_grad_modes():
-    feats, maps = FEATS[0].clone().requires_grad_(), MAPS[0].clone().requires_grad_()
+def test_grad_modes(device):
+    feats, maps = leaves(device)
 
     def call():
         return wk.random_walk(maps, wk.local_affinity(feats), steps=9)
@@ -321,7 +331,7 @@ def test_grad_modes():
     assert torch.equal(wk.local_affinity(made_inside), wk.local_affinity(feats))
     with torch.enable_grad():
         assert call().requires_grad
-    assert not wk.random_walk(maps.detach(), AFFINITY, steps=1).requires_grad
+    assert not wk.random_walk(maps.detach(), AFFINITY.to(device), steps=1).requires_grad
 
 
 def test_parameters_and_subclasses():
@@ -334,9 +344,9 @@ def test_parameters_and_subclasses():
     assert torch.equal(tagged.as_subclass(torch.Tensor), expected)
 
 
-def test_saved_tensors_may_be_moved():
+def test_saved_tensors_may_be_moved(device):
     """Activation offloading and checkpointing replay or replace what the op saved."""
-    feats, maps = FEATS[0].clone().requires_grad_(), MAPS[0].clone().requires_grad_()
+    feats, maps = leaves(device)
 
     def call(feats, maps):
         return wk.random_walk(maps, wk.local_affinity(feats), steps=9)

@@ -18,8 +18,8 @@ SHAPES = [  # B, D, H, W
 ]  # fmt: skip
 
 
-def rand(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+def rand(*shape, seed=0, device="cpu"):
+    return (torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1).to(device)
 
 
 # Values
@@ -63,7 +63,7 @@ def test_vertical_and_diagonal_by_hand(device):
 @pytest.mark.parametrize("metric, scale", VARIANTS)
 @pytest.mark.parametrize("border", ["full", "cropped"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_oracle(shape, border, metric, scale, oracle, assert_close, nan_filled):
+def test_against_oracle(wk, shape, border, metric, scale, oracle, assert_close, nan_filled):
     for radius in (2, 5):
         feats = rand(*shape)
         expected = oracle.affinity(feats, radius, metric, scale, border)
@@ -74,7 +74,7 @@ def test_against_oracle(shape, border, metric, scale, oracle, assert_close, nan_
 
 
 @pytest.mark.parametrize("radius", range(1, 17))
-def test_every_radius(radius, oracle, assert_close, nan_filled):
+def test_every_radius(wk, radius, oracle, assert_close, nan_filled):
     feats = rand(1, 3, 19, 37)
     for metric, scale in VARIANTS:
         out = wk.local_affinity(feats, radius, metric=metric, scale=scale, border="cropped")
@@ -89,13 +89,13 @@ def test_dtypes(dtype, device, metric, scale, oracle, assert_close):
     assert_close(out, oracle.affinity(feats.cpu(), 5, metric, scale))
 
 
-def test_many_channels(oracle, assert_close):
+def test_many_channels(wk, oracle, assert_close):
     feats = rand(1, 448, 20, 21)
     for metric, scale in VARIANTS:
         assert_close(wk.local_affinity(feats, metric=metric, scale=scale), oracle.affinity(feats, 5, metric, scale))
 
 
-def test_published_pairs_on_56x56():
+def test_published_pairs_on_56x56(wk):
     """AffinityNet never builds pairs from the last 4 rows and the 4 columns on either side."""
     affinity = wk.local_affinity(torch.zeros(1, 1, 56, 56), border="cropped")[0]
     assert affinity.sum() == 34 * 52 * 48
@@ -119,7 +119,7 @@ def test_published_pairs_on_56x56():
     [(0, 3, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0), (0, 1, 0, 0)],
     ids=str,
 )  # fmt: skip
-def test_nothing_in_nothing_out(shape, metric, scale):
+def test_nothing_in_nothing_out(wk, shape, metric, scale):
     feats = torch.zeros(shape, requires_grad=True)
     out = wk.local_affinity(feats, metric=metric, scale=scale)
     assert out.shape == (shape[0], 34, *shape[2:])
@@ -131,12 +131,12 @@ def test_nothing_in_nothing_out(shape, metric, scale):
     "dtype",
     [torch.float32, torch.float64],
 )  # fmt: skip
-def test_radius_one_can_be_differentiated(dtype):
+def test_radius_one_can_be_differentiated(wk, dtype):
     feats = rand(2, 3, 4, 5).to(dtype).requires_grad_()
     assert torch.autograd.grad(wk.local_affinity(feats, 1).sum(), feats)[0].eq(0).all()
 
 
-def test_radius_one_has_no_neighbours():
+def test_radius_one_has_no_neighbours(wk):
     feats = rand(2, 3, 4, 5).requires_grad_()
     for metric, scale in VARIANTS:
         out = wk.local_affinity(feats, 1, metric=metric, scale=scale)
@@ -146,7 +146,7 @@ def test_radius_one_has_no_neighbours():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (2, 2), (4, 15)])
-def test_radius_larger_than_the_map(size, oracle, assert_close, nan_filled):
+def test_radius_larger_than_the_map(wk, size, oracle, assert_close, nan_filled):
     feats = rand(2, 3, *size)
     for metric, scale in VARIANTS:
         for border in ("full", "cropped"):
@@ -155,7 +155,7 @@ def test_radius_larger_than_the_map(size, oracle, assert_close, nan_filled):
 
 
 @pytest.mark.parametrize("metric", ["l1", "cosine"])
-def test_image_without_differences_has_scale_one(metric, dtype, oracle):
+def test_image_without_differences_has_scale_one(wk, metric, dtype, oracle):
     feats = torch.full((2, 3, 6, 7), 0.7, dtype=dtype)
     feats[1] = 0
     affinity = wk.local_affinity(feats, metric=metric, scale="auto")
@@ -171,7 +171,7 @@ def collinear(dim, seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_automatic_cosine_of_collinear_features(dtype, oracle):
+def test_automatic_cosine_of_collinear_features(wk, dtype, oracle):
     """One direction, other lengths: every true distance is 0, so every affinity is 1."""
     inside = oracle.affinity(torch.zeros(1, 1, 8, 8)) > 0
     for dim, seed in itertools.product((1, 2, 3, 5, 16), range(4)):
@@ -180,17 +180,17 @@ def test_automatic_cosine_of_collinear_features(dtype, oracle):
 
 
 @pytest.mark.parametrize("metric, scale", VARIANTS[:4])
-def test_range(metric, scale, dtype, scenes):
+def test_range(wk, metric, scale, dtype, scenes):
     feats = scenes.features(2, 16, 20, 33).to(dtype)
     affinity = wk.local_affinity(feats, metric=metric, scale=scale)
     assert affinity.min() >= 0 and affinity.max() <= 1 + 2e-7
 
 
-def test_cosine_is_at_most_one():
+def test_cosine_is_at_most_one(wk):
     assert max(wk.local_affinity(collinear(d, 0), metric="cosine").max().item() for d in range(1, 40)) <= 1
 
 
-def test_half_precision_extremes():
+def test_half_precision_extremes(wk):
     feats = 6e4 * rand(1, 64, 9, 17).sign().half()
     for metric, scale in VARIANTS:
         leaf = feats.clone().requires_grad_()
@@ -200,7 +200,7 @@ def test_half_precision_extremes():
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-15, 1e15, 1e30])
-def test_any_unit(size, oracle, assert_close):
+def test_any_unit(wk, size, oracle, assert_close):
     feats = rand(1, 4, 9, 17)
     assert_close(wk.local_affinity(feats * size, scale="auto"), oracle.affinity(feats, scale="auto"))
     assert_close(wk.local_affinity(feats * size, metric="cosine"), oracle.affinity(feats, metric="cosine"))
@@ -211,7 +211,7 @@ def test_any_unit(size, oracle, assert_close):
     "scale",
     [1e300, 1e30, 1e-30, 1e-42, 1e-300],
 )
-def test_extreme_scale(scale, oracle):
+def test_extreme_scale(wk, scale, oracle):
     feats = rand(1, 4, 5, 6)
     feats[..., 2:4] = feats[..., :1]  # some distances are 0: exp(-0 / scale) = 1
     assert torch.equal(wk.local_affinity(feats, scale=scale), oracle.affinity(feats, scale=scale).float())
@@ -219,7 +219,7 @@ def test_extreme_scale(scale, oracle):
 
 @pytest.mark.parametrize("metric, scale", VARIANTS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_bad_values_stay_in_their_image(metric, scale, poison):
+def test_bad_values_stay_in_their_image(wk, metric, scale, poison):
     feats = rand(3, 9, 20, 33)
     clean = wk.local_affinity(feats, metric=metric, scale=scale)
     feats[1, 4, 10, 16] = poison
@@ -244,8 +244,8 @@ def test_bad_values_stay_in_their_image(metric, scale, poison):
 
 
 @pytest.mark.parametrize("metric, scale", VARIANTS)
-def test_layouts(layout, metric, scale):
-    feats = layout(rand(2, 6, 11, 13))
+def test_layouts(device, layout, metric, scale):
+    feats = layout(rand(2, 6, 11, 13, device=device))
     expected = wk.local_affinity(
         feats.clone(memory_format=torch.contiguous_format).resolve_neg(), metric=metric, scale=scale
     )
@@ -254,17 +254,17 @@ def test_layouts(layout, metric, scale):
     assert torch.equal(out, expected) if NATIVE else torch.allclose(out, expected, atol=1e-6)
 
 
-def test_layout_of_grad(layout, assert_close):
-    feats = rand(2, 6, 11, 13).requires_grad_()
-    upstream = layout(rand(2, 34, 11, 13))
+def test_layout_of_grad(device, layout, assert_close):
+    feats = rand(2, 6, 11, 13, device=device).requires_grad_()
+    upstream = layout(rand(2, 34, 11, 13, device=device))
     out = wk.local_affinity(feats)
     grad = torch.autograd.grad(out, feats, upstream, retain_graph=True)[0]
     same = torch.autograd.grad(out, feats, upstream.clone(memory_format=torch.contiguous_format).resolve_neg())[0]
     assert torch.equal(grad, same) if NATIVE else torch.allclose(grad, same, atol=1e-6)
 
 
-def test_inputs_are_left_alone():
-    feats = rand(2, 6, 11, 13).requires_grad_()
+def test_inputs_are_left_alone(device):
+    feats = rand(2, 6, 11, 13, device=device).requires_grad_()
     before = feats.detach().clone()
     out = wk.local_affinity(feats, scale="auto")
     kept = out.detach().clone()
@@ -284,7 +284,7 @@ def gradient(op, feats, upstream, *args, **kwargs):
 @pytest.mark.parametrize("metric, scale", VARIANTS)
 @pytest.mark.parametrize("border", ["full", "cropped"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradient(shape, border, metric, scale, oracle, assert_close, nan_filled):
+def test_gradient(wk, shape, border, metric, scale, oracle, assert_close, nan_filled):
     feats, options = rand(*shape), {"metric": metric, "scale": scale, "border": border}
     upstream = rand(shape[0], 34, *shape[2:], seed=1)
     expected = gradient(oracle.affinity, feats.double(), upstream, 5, metric, scale, border)
@@ -293,7 +293,7 @@ def test_gradient(shape, border, metric, scale, oracle, assert_close, nan_filled
 
 
 @pytest.mark.parametrize("radius", range(2, 17))
-def test_gradient_of_every_radius(radius, oracle, assert_close, nan_filled):
+def test_gradient_of_every_radius(wk, radius, oracle, assert_close, nan_filled):
     feats = rand(1, 9, 18, 35)
     upstream = rand(1, len(wk.neighbour_offsets(radius)), 18, 35, seed=1)
     for metric, scale in VARIANTS:
@@ -301,7 +301,7 @@ def test_gradient_of_every_radius(radius, oracle, assert_close, nan_filled):
         assert_close(gradient(wk.local_affinity, feats, upstream, radius, metric=metric, scale=scale), expected)
 
 
-def test_gradient_dtypes(dtype, assert_close, oracle):
+def test_gradient_dtypes(wk, dtype, assert_close, oracle):
     feats, upstream = rand(1, 20, 11, 18).to(dtype), rand(1, 34, 11, 18, seed=1).to(dtype)
     for metric, scale in VARIANTS:
         grad = gradient(wk.local_affinity, feats, upstream, metric=metric, scale=scale)
@@ -310,7 +310,7 @@ def test_gradient_dtypes(dtype, assert_close, oracle):
         assert_close(grad, expected, None if dtype != torch.float64 else 1e-11)
 
 
-def test_gradient_of_ties_is_zero():
+def test_gradient_of_ties_is_zero(wk):
     feats = torch.full((1, 3, 6, 7), 0.3, requires_grad=True)
     for scale in (1.0, "auto"):
         grad = torch.autograd.grad(wk.local_affinity(feats, scale=scale).sum(), feats)[0]
@@ -325,19 +325,19 @@ def test_gradient_of_ties_is_zero():
 @pytest.mark.parametrize(
     "pixels", [((1.0, 0.0), (0.0, 1.0)), ((1.0, 0.0), (0.0, 0.0))], ids=["orthogonal", "zero vector"]
 )
-def test_kernel_and_reference_agree_where_the_cosine_is_zero(pixels):
+def test_kernel_and_reference_agree_where_the_cosine_is_zero(wk, pixels):
     feats, upstream = torch.tensor(pixels).T.reshape(1, 2, 1, 2), torch.ones(1, 34, 1, 2)
     native = gradient(wk.local_affinity, feats, upstream, metric="cosine")
     assert torch.equal(native, gradient(reference.local_affinity, feats, upstream, metric="cosine"))
 
 
-def test_zero_upstream_gradient():
+def test_zero_upstream_gradient(wk):
     feats = rand(2, 3, 9, 17)
     for metric, scale in VARIANTS:
         assert gradient(wk.local_affinity, feats, torch.zeros(2, 34, 9, 17), metric=metric, scale=scale).eq(0).all()
 
 
-def test_automatic_scale_is_a_constant_for_the_gradient(assert_close):
+def test_automatic_scale_is_a_constant_for_the_gradient(wk, assert_close):
     feats, upstream = rand(1, 5, 9, 17), rand(1, 34, 9, 17, seed=1)
     some = wk.local_affinity(feats.double(), scale="auto")[0, 0, 4, 8]
     scale = -(feats[0, :, 4, 8] - feats[0, :, 4, 9]).double().abs().mean().item() / some.log().item()

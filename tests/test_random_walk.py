@@ -14,8 +14,8 @@ SOLVERS = ("power", "chebyshev", "auto") if NATIVE else ("auto",)  # the referen
 STEPS = (1, 2, 3, 15, 16, 17, 64, 255, 256, 1000, 5000)
 
 
-def rand(*shape, seed=0):
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+def rand(*shape, seed=0, device="cpu"):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def links(radius):
@@ -36,7 +36,7 @@ def test_two_pixels_by_hand(device):
     assert torch.equal(wk.random_walk(maps, affinity, radius=2, beta=2, steps=0), maps)
 
 
-def test_three_pixels_by_hand():
+def test_three_pixels_by_hand(wk):
     affinity = torch.zeros(1, 4, 3, 1)
     affinity[0, 2, :, 0] = torch.tensor([1.0, 0.5, 0.9])  # straight down; the last leads outside
     # W = 1, 1/2: degrees 2, 5/2, 3/2
@@ -62,7 +62,7 @@ def published_walk(maps, affinity, radius, beta, log_steps):
 
 @pytest.mark.parametrize("border", ["full", "cropped"])
 @pytest.mark.parametrize("solver, tol", [("power", 1e-5), ("chebyshev", 1e-4), ("auto", 1e-4)])
-def test_published_algorithm(border, solver, tol, scenes, assert_close):
+def test_published_algorithm(wk, border, solver, tol, scenes, assert_close):
     feats = scenes.features(1, 16, 14, 19)
     affinity, maps = wk.local_affinity(feats, border=border), scenes.maps(1, 3, 14, 19)
     expected = published_walk(maps[0], affinity[0], 5, 8, log_steps=8)
@@ -70,7 +70,7 @@ def test_published_algorithm(border, solver, tol, scenes, assert_close):
     assert_close(reference.random_walk(maps.double(), affinity.double())[0], expected, 1e-11)
 
 
-def test_isolated_border_nodes_keep_their_value():
+def test_isolated_border_nodes_keep_their_value(wk):
     """ "cropped" leaves 10 corner pixels of a 56x56 map without links."""
     affinity, maps = wk.local_affinity(torch.zeros(1, 1, 56, 56), border="cropped"), rand(1, 2, 56, 56)
     corners = [(0, 0), (0, 1), (0, 2), (0, 3)]
@@ -96,14 +96,14 @@ def test_the_reference_is_the_oracle(oracle, assert_close):
 
 
 @pytest.mark.parametrize("height, width", [(47, 63), (64, 64), (56, 56)])
-def test_power_is_exact_to_1e_5_on_affinitynet_like_maps(height, width, scenes, oracle, assert_close):
+def test_power_is_exact_to_1e_5_on_affinitynet_like_maps(wk, height, width, scenes, oracle, assert_close):
     feats, maps = scenes.features(1, 64, height, width, noise=0.1), scenes.maps(1, 4, height, width)
     affinity = wk.local_affinity(feats, scale=0.3)
     assert_close(wk.random_walk(maps, affinity, solver="power"), oracle.walk(maps, affinity), 1e-5)
 
 
 @pytest.mark.parametrize("height, width, radius", [(94, 125, 5), (64, 64, 10)])
-def test_power_is_exact_to_1e_5_on_irnet_like_maps(height, width, radius, scenes, oracle, assert_close):
+def test_power_is_exact_to_1e_5_on_irnet_like_maps(wk, height, width, radius, scenes, oracle, assert_close):
     affinity, maps = scenes.edge_affinity(height, width, radius), scenes.maps(1, 4, height, width)
     out = wk.random_walk(maps, affinity, radius=radius, beta=10, solver="power")
     assert_close(out, oracle.walk(maps, affinity, radius, 10), 1e-5)
@@ -206,7 +206,7 @@ def error_of_tolerance(out, expected, maps, tol):
 @pytest.mark.parametrize(
     "radius, beta, size", [(5, 8.0, (17, 19)), (2, 1.0, (3, 61)), (10, 10.0, (12, 13)), (3, 2.5, (40, 1))]
 )
-def test_chebyshev_keeps_tol(radius, beta, size, every, oracle, scenes):
+def test_chebyshev_keeps_tol(wk, radius, beta, size, every, oracle, scenes):
     worst, at = 0.0, None
     turn = 0
     for seed in range(5 if every else 1):
@@ -228,7 +228,7 @@ def test_chebyshev_keeps_tol(radius, beta, size, every, oracle, scenes):
 
 
 @pytest.mark.native
-def test_chebyshev_keeps_tol_on_the_worst_maps(oracle):
+def test_chebyshev_keeps_tol_on_the_worst_maps(wk, oracle):
     """The map that a given error polynomial does the most harm to: the signs of a row of its matrix."""
     radius, height, width = 5, 12, 13
     every = torch.eye(height * width).reshape(1, -1, height, width)
@@ -248,7 +248,7 @@ def test_chebyshev_keeps_tol_on_the_worst_maps(oracle):
 
 @pytest.mark.native
 @pytest.mark.parametrize("tol", [1e-4, 3e-5, 1e-5, 1e-7])
-def test_tol_holds_for_weak_links(tol):
+def test_tol_holds_for_weak_links(wk, tol):
     """A link so weak that a float32 step of 3e-8 would round away, 256 times."""
     affinity = torch.zeros(1, 34, 1, 2)
     affinity[0, 0, 0, 0] = w = 2.9e-8
@@ -262,7 +262,7 @@ def test_tol_holds_for_weak_links(tol):
 
 @pytest.mark.native
 @pytest.mark.parametrize("steps, tol", [(1000, 2e-5), (5000, 3e-5), (5000, 1e-4), (20000, 1e-4), (100000, 1e-3)])
-def test_tol_holds_for_many_steps(steps, tol):
+def test_tol_holds_for_many_steps(wk, steps, tol):
     affinity = torch.zeros(1, 34, 1, 2)
     affinity[0, 0, 0, 0] = w = 2.9e-8
     maps = torch.tensor([[[[1.0, 0.0]]]])
@@ -274,7 +274,7 @@ def test_tol_holds_for_many_steps(steps, tol):
 
 
 @pytest.mark.native
-def test_auto_is_never_worse_than_tol_on_large_maps(scenes, oracle):
+def test_auto_is_never_worse_than_tol_on_large_maps(wk, scenes, oracle):
     affinity, maps = scenes.edge_affinity(40, 44, 10, seed=2), scenes.maps(1, 4, 40, 44)
     expected = oracle.walk(maps, affinity, 10, 10)
     for tol in TOLERANCES:
@@ -284,7 +284,7 @@ def test_auto_is_never_worse_than_tol_on_large_maps(scenes, oracle):
 
 
 @pytest.mark.parametrize("solver, tol", [("power", 1e-5), ("chebyshev", 1e-4)])
-def test_large_values_and_units(solver, tol, oracle, assert_close):
+def test_large_values_and_units(wk, solver, tol, oracle, assert_close):
     maps, affinity = rand(1, 3, 9, 17), rand(1, 34, 9, 17, seed=1)
     for unit in (1e-20, 1e-6, 1e6, 1e20):
         out = wk.random_walk(maps * unit, affinity, steps=64, solver=solver)
@@ -303,7 +303,7 @@ def test_dtypes(dtype, device, oracle, assert_close):
 
 @pytest.mark.parametrize("of_maps", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("of_affinity", [torch.float16, torch.float32, torch.float64])
-def test_mixed_dtypes(of_maps, of_affinity, oracle, assert_close):
+def test_mixed_dtypes(wk, of_maps, of_affinity, oracle, assert_close):
     maps = rand(1, 2, 8, 9).to(of_maps).requires_grad_()
     affinity = rand(1, 34, 8, 9, seed=1).to(of_affinity).requires_grad_()
     out = wk.random_walk(maps, affinity, steps=16, solver="power")
@@ -314,7 +314,7 @@ def test_mixed_dtypes(of_maps, of_affinity, oracle, assert_close):
 
 
 @pytest.mark.parametrize("size", [6e4, -6e4])
-def test_half_precision_extremes(size):
+def test_half_precision_extremes(wk, size):
     maps = torch.full((1, 2, 9, 17), size).half()
     maps[:, 1, ::2] = 0
     affinity = rand(1, 34, 9, 17, seed=1).half()
@@ -324,7 +324,7 @@ def test_half_precision_extremes(size):
 
 
 @pytest.mark.parametrize("beta", [0, 0.25, 0.5, 1, 2, 7.5, 8, 10, 63, 64, 65, 64.5, 200.0])
-def test_every_beta(beta, oracle, assert_close):
+def test_every_beta(wk, beta, oracle, assert_close):
     maps, affinity = rand(1, 3, 9, 17), rand(1, 34, 9, 17, seed=1)
     affinity[affinity < 0.2] = 0  # no link, with beta = 0 too
     assert_close(
@@ -337,14 +337,14 @@ def test_every_beta(beta, oracle, assert_close):
     "beta",
     [1e3, 1e30, 1e39],
 )
-def test_huge_beta_keeps_links_of_exactly_one(beta, oracle, assert_close):
+def test_huge_beta_keeps_links_of_exactly_one(wk, beta, oracle, assert_close):
     maps, affinity = rand(1, 3, 9, 17), rand(1, 34, 9, 17, seed=1) * 0.9
     affinity[0, 3] = 1
     assert_close(wk.random_walk(maps, affinity, beta=beta, steps=8), oracle.walk(maps, affinity, beta=beta, steps=8))
 
 
 @pytest.mark.parametrize("radius", range(1, 17))
-def test_every_radius(radius, oracle, assert_close, nan_filled):
+def test_every_radius(wk, radius, oracle, assert_close, nan_filled):
     maps, affinity = rand(1, 6, 18, 35), rand(1, links(radius), 18, 35, seed=1)
     for solver in ("power", "chebyshev"):
         out = wk.random_walk(maps, affinity, radius=radius, beta=2, steps=18, solver=solver, tol=1e-5)
@@ -352,7 +352,7 @@ def test_every_radius(radius, oracle, assert_close, nan_filled):
 
 
 @pytest.mark.parametrize("width", range(1, 36))
-def test_every_width(width, oracle, assert_close, nan_filled):
+def test_every_width(wk, width, oracle, assert_close, nan_filled):
     """Rows are cut into vector lanes: every remainder, with every group size of maps."""
     for channels, radius in ((1 + width % 6, 5), (1 + width % 11, 3)):
         maps, affinity = rand(2, channels, 7, width), rand(2, links(radius), 7, width, seed=1)
@@ -360,7 +360,7 @@ def test_every_width(width, oracle, assert_close, nan_filled):
         assert_close(out, oracle.walk(maps, affinity, radius, 1, 5))
 
 
-def test_what_leads_outside_is_ignored(oracle, assert_close):
+def test_what_leads_outside_is_ignored(wk, oracle, assert_close):
     """The affinity of pairs that leave the map may hold anything."""
     maps, affinity = rand(1, 3, 9, 12), rand(1, 34, 9, 12, seed=1)
     inside = wk.local_affinity(torch.zeros(1, 1, 9, 12)) > 0
@@ -370,7 +370,7 @@ def test_what_leads_outside_is_ignored(oracle, assert_close):
 
 
 @pytest.mark.parametrize("anything", [1e30, math.nan])
-def test_what_leads_outside_has_no_gradient(anything):
+def test_what_leads_outside_has_no_gradient(wk, anything):
     inside = wk.local_affinity(torch.zeros(1, 1, 9, 12)) > 0
     leaf = torch.where(inside, rand(1, 34, 9, 12, seed=1), anything).requires_grad_()
     wk.random_walk(rand(1, 3, 9, 12), leaf, steps=20).sum().backward()
@@ -386,7 +386,7 @@ def test_what_leads_outside_has_no_gradient(anything):
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_nothing_in_nothing_out(shape, solver):
+def test_nothing_in_nothing_out(wk, shape, solver):
     batch, _, height, width = shape
     maps, affinity = torch.zeros(shape, requires_grad=True), torch.zeros(batch, 34, height, width, requires_grad=True)
     for steps in (0, 5, 256):
@@ -398,7 +398,7 @@ def test_nothing_in_nothing_out(shape, solver):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (2, 1), (1, 17), (3, 2), (16, 1), (15, 4)])
 @pytest.mark.parametrize("radius", [1, 2, 5, 16])
-def test_maps_smaller_than_the_radius(size, radius, oracle, assert_close, nan_filled):
+def test_maps_smaller_than_the_radius(wk, size, radius, oracle, assert_close, nan_filled):
     maps = rand(2, 6, *size).requires_grad_()
     affinity = rand(2, links(radius), *size, seed=1).requires_grad_()
     for solver in SOLVERS:
@@ -408,7 +408,7 @@ def test_maps_smaller_than_the_radius(size, radius, oracle, assert_close, nan_fi
         assert all(grad.isfinite().all() for grad in gradients)
 
 
-def test_zero_and_constant_maps_are_exact(scenes):
+def test_zero_and_constant_maps_are_exact(wk, scenes):
     affinity, constants = scenes.edge_affinity(33, 40, 5), torch.tensor([0.0, 0.7, -3e4, 1e-30])
     maps = torch.cat([rand(1, 4, 33, 40), constants.view(1, 4, 1, 1).expand(1, 4, 33, 40)], dim=1)
     for tol in (1e-2, 1e-4):
@@ -423,7 +423,7 @@ def test_zero_and_constant_maps_are_exact(scenes):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("solver", ["power", "chebyshev"])
-def test_a_bad_map_harms_no_other(poison, solver):
+def test_a_bad_map_harms_no_other(wk, poison, solver):
     maps, affinity = rand(3, 7, 20, 33), rand(3, 34, 20, 33, seed=1)
     clean = wk.random_walk(maps, affinity, solver=solver)
     for y, x in ((0, 0), (10, 16), (19, 32)):
@@ -438,7 +438,7 @@ def test_a_bad_map_harms_no_other(poison, solver):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("solver", ["power", "chebyshev"])
-def test_a_bad_affinity_harms_no_other_image(poison, solver):
+def test_a_bad_affinity_harms_no_other_image(wk, poison, solver):
     maps, affinity = rand(4, 6, 20, 33), rand(4, 34, 20, 33, seed=1)
     clean = wk.random_walk(maps, affinity, solver=solver, steps=40)
     affinity[1, 7, 10, 16] = poison
@@ -471,7 +471,7 @@ def test_reference_of_nothing():
             assert wk.random_walk(feats, affinity, radius=radius, steps=3).shape == shape
 
 
-def test_all_zero_classes_change_nothing_for_the_others():
+def test_all_zero_classes_change_nothing_for_the_others(wk):
     maps, affinity = rand(1, 9, 20, 33), rand(1, 34, 20, 33, seed=1)
     maps[0, [0, 3, 4, 8]] = 0
     for solver in SOLVERS:
@@ -494,8 +494,8 @@ def contiguous(x):
 
 
 @pytest.mark.parametrize("argument", ["maps", "affinity"])
-def test_layouts(layout, argument):
-    maps, affinity = rand(2, 6, 11, 13), rand(2, 34, 11, 13, seed=1)
+def test_layouts(device, layout, argument):
+    maps, affinity = rand(2, 6, 11, 13, device=device), rand(2, 34, 11, 13, seed=1, device=device)
     maps, affinity = (layout(maps), affinity) if argument == "maps" else (maps, layout(affinity))
     for steps in (0, 20):
         out = wk.random_walk(maps, affinity, steps=steps)
@@ -503,18 +503,19 @@ def test_layouts(layout, argument):
         assert same(out, wk.random_walk(contiguous(maps), contiguous(affinity), steps=steps))
 
 
-def test_layouts_in_backward(layout):
-    upstream = layout(rand(2, 6, 11, 13, seed=2))
+def test_layouts_in_backward(device, layout):
+    upstream = layout(rand(2, 6, 11, 13, seed=2, device=device))
     gradients = []
     for grad in (upstream, contiguous(upstream)):
-        maps = layout(rand(2, 6, 11, 13)).detach().requires_grad_()
-        affinity = layout(rand(2, 34, 11, 13, seed=1)).detach().requires_grad_()
+        maps = layout(rand(2, 6, 11, 13, device=device)).detach().requires_grad_()
+        affinity = layout(rand(2, 34, 11, 13, seed=1, device=device)).detach().requires_grad_()
         gradients.append(torch.autograd.grad(wk.random_walk(maps, affinity, steps=20), (maps, affinity), grad))
     assert same(gradients[0][0], gradients[1][0]) and same(gradients[0][1], gradients[1][1])
 
 
-def test_inputs_are_left_alone():
-    maps, affinity = rand(2, 6, 11, 13).requires_grad_(), rand(2, 34, 11, 13, seed=1).requires_grad_()
+def test_inputs_are_left_alone(device):
+    maps = rand(2, 6, 11, 13, device=device).requires_grad_()
+    affinity = rand(2, 34, 11, 13, seed=1, device=device).requires_grad_()
     copies = maps.detach().clone(), affinity.detach().clone()
     for steps in (0, 1, 30):
         out = wk.random_walk(maps, affinity, steps=steps)
@@ -536,7 +537,7 @@ def gradients(op, maps, affinity, upstream, *args, **kwargs):
 
 
 def check_gradients(
-    shape, radius, beta, steps, solver, oracle, assert_close, affinity=None, tol=1e-4, of_affinity=5e-5
+    wk, shape, radius, beta, steps, solver, oracle, assert_close, affinity=None, tol=1e-4, of_affinity=5e-5
 ):
     batch, _, height, width = shape
     maps = rand(*shape) * 2 - 0.5
@@ -552,40 +553,40 @@ def check_gradients(
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 16, 17, 64, *([255, 256] if NATIVE else [])])
-def test_gradients(steps, solver, oracle, assert_close, nan_filled):
-    check_gradients((2, 7, 9, 13), 5, 8.0, steps, solver, oracle, assert_close)
+def test_gradients(wk, steps, solver, oracle, assert_close, nan_filled):
+    check_gradients(wk, (2, 7, 9, 13), 5, 8.0, steps, solver, oracle, assert_close)
 
 
 @pytest.mark.parametrize("radius", range(2, 11))
-def test_gradients_of_every_radius(radius, oracle, assert_close, nan_filled):
-    check_gradients((1, 3, 11, 18), radius, 2.0, 40, "auto", oracle, assert_close)
+def test_gradients_of_every_radius(wk, radius, oracle, assert_close, nan_filled):
+    check_gradients(wk, (1, 3, 11, 18), radius, 2.0, 40, "auto", oracle, assert_close)
 
 
 @pytest.mark.parametrize("beta", [0, 0.5, 1, 1.5, 8, 10, 70])
-def test_gradients_of_every_beta(beta, oracle, assert_close):
+def test_gradients_of_every_beta(wk, beta, oracle, assert_close):
     affinity = rand(1, 34, 9, 13, seed=1) * 0.95 + 0.05
     affinity[0, ::3] = 0  # no link: no gradient
-    check_gradients((1, 3, 9, 13), 5, float(beta), 30, "auto", oracle, assert_close, affinity)
+    check_gradients(wk, (1, 3, 9, 13), 5, float(beta), 30, "auto", oracle, assert_close, affinity)
 
 
 @pytest.mark.parametrize("channels", range(1, 13))
-def test_gradients_of_every_number_of_maps(channels, oracle, assert_close, nan_filled):
-    check_gradients((1, channels, 6, 17), 3, 1.0, 12, "auto", oracle, assert_close)
+def test_gradients_of_every_number_of_maps(wk, channels, oracle, assert_close, nan_filled):
+    check_gradients(wk, (1, channels, 6, 17), 3, 1.0, 12, "auto", oracle, assert_close)
 
 
 @pytest.mark.native  # torch's own float32 gradient of 256 steps is off by up to 1e-3
 @pytest.mark.parametrize("border", ["full", "cropped"])
 @pytest.mark.parametrize("steps", [16, 256])
-def test_gradients_on_affinities_of_features(border, steps, scenes, oracle, assert_close):
+def test_gradients_on_affinities_of_features(wk, border, steps, scenes, oracle, assert_close):
     affinity = wk.local_affinity(scenes.features(1, 16, 16, 19), scale="auto", border=border)
-    check_gradients((1, 4, 16, 19), 5, 8.0, steps, "auto", oracle, assert_close, affinity)
+    check_gradients(wk, (1, 4, 16, 19), 5, 8.0, steps, "auto", oracle, assert_close, affinity)
 
 
 @pytest.mark.native
 @pytest.mark.parametrize("radius, size", [(5, (17, 20)), (10, (16, 20))])
-def test_gradients_on_strong_edges(radius, size, scenes, oracle, assert_close):
+def test_gradients_on_strong_edges(wk, radius, size, scenes, oracle, assert_close):
     affinity = scenes.edge_affinity(*size, radius)
-    check_gradients((1, 3, *size), radius, 10.0, 256, "auto", oracle, assert_close, affinity)
+    check_gradients(wk, (1, 3, *size), radius, 10.0, 256, "auto", oracle, assert_close, affinity)
 
 
 @pytest.mark.native
@@ -599,14 +600,16 @@ def test_gradients_on_strong_edges(radius, size, scenes, oracle, assert_close):
         (5, 8.0, 256, "auto", 1e-6, 1e-6),
     ],
 )
-def test_gradient_of_the_affinity_keeps_tol(radius, beta, steps, solver, tol, exact, oracle, assert_close):
+def test_gradient_of_the_affinity_keeps_tol(wk, radius, beta, steps, solver, tol, exact, oracle, assert_close):
     """By power, and below float32's own rounding, in double."""
     for size in ((9, 13), (11, 18)):
-        check_gradients((1, 3, *size), radius, beta, steps, solver, oracle, assert_close, tol=tol, of_affinity=exact)
+        check_gradients(
+            wk, (1, 3, *size), radius, beta, steps, solver, oracle, assert_close, tol=tol, of_affinity=exact
+        )
         affinity = torch.where(
             rand(1, links(radius), *size) > 0.3, rand(1, links(radius), *size, seed=1) * 0.95 + 0.05, 0.0
         )
-        check_gradients((1, 3, *size), radius, beta, steps, solver, oracle, assert_close, affinity, tol, exact)
+        check_gradients(wk, (1, 3, *size), radius, beta, steps, solver, oracle, assert_close, affinity, tol, exact)
 
 
 def test_gradients_of_the_reference(assert_close):
@@ -622,7 +625,7 @@ def test_gradients_of_the_reference(assert_close):
                 assert_close(got, torch.zeros_like(got) if want is None else want)
 
 
-def test_gradient_of_one_input_only(oracle):
+def test_gradient_of_one_input_only(wk, oracle):
     maps, affinity, upstream = rand(2, 7, 9, 13), rand(2, 34, 9, 13, seed=1), rand(2, 7, 9, 13, seed=2)
     both = gradients(wk.random_walk, maps, affinity, upstream)
     leaf = maps.clone().requires_grad_()
@@ -633,7 +636,7 @@ def test_gradient_of_one_input_only(oracle):
     assert torch.equal(leaf.grad, both[1])
 
 
-def test_zero_upstream_gradient():
+def test_zero_upstream_gradient(wk):
     for grad in gradients(wk.random_walk, rand(2, 7, 9, 13), rand(2, 34, 9, 13, seed=1), torch.zeros(2, 7, 9, 13)):
         assert grad.eq(0).all()
     upstream = rand(2, 7, 9, 13)
@@ -643,7 +646,7 @@ def test_zero_upstream_gradient():
     assert of_maps[:, 2:5].eq(0).all() and of_maps[1].eq(0).all() and of_affinity[1].eq(0).all()
 
 
-def test_gradient_accumulates_over_uses(assert_close):
+def test_gradient_accumulates_over_uses(wk, assert_close):
     maps, affinity = rand(1, 2, 6, 7).requires_grad_(), rand(1, 34, 6, 7).requires_grad_()
     once = torch.autograd.grad(wk.random_walk(maps, affinity, steps=9).sum(), affinity)[0]
     wk.random_walk(maps, affinity, steps=9).sum().backward()
@@ -651,7 +654,7 @@ def test_gradient_accumulates_over_uses(assert_close):
     assert_close(affinity.grad, 2 * once.double())
 
 
-def test_gradient_dtypes(dtype, oracle, assert_close):
+def test_gradient_dtypes(wk, dtype, oracle, assert_close):
     maps, affinity, upstream = (
         rand(1, 3, 9, 13).to(dtype),
         rand(1, 34, 9, 13, seed=1).to(dtype),

@@ -37,7 +37,7 @@ def walked(maps: Tensor, feats: Tensor, steps: int, **affinity_options) -> Tenso
     return wk.random_walk(maps.double(), affinity, steps=steps)
 
 
-def test_is_the_composition_of_the_ops(cams, feats):
+def test_is_the_composition_of_the_ops(wk, cams, feats):
     expected = walked(cams, feats, steps=16)  # clamp(round(256 (17/128)^2), 16, 256)
     close(wk.refine_cams(cams, feats, normalize=None), expected, 1e-4)
     close(wk.refine_cams(cams, feats, normalize=None, tol=1e-6), expected, 1e-6)
@@ -45,7 +45,7 @@ def test_is_the_composition_of_the_ops(cams, feats):
     close(wk.refine_cams(cams, feats, normalize="class"), expected / expected.amax((2, 3), keepdim=True), 2e-4)
 
 
-def test_options_reach_the_ops(cams, feats):
+def test_options_reach_the_ops(wk, cams, feats):
     options = {"radius": 3, "metric": "cosine", "scale": 1.0, "border": "cropped"}
     affinity = wk.local_affinity(feats.double(), **options)
     expected = wk.random_walk(cams.double(), affinity, radius=3, beta=2.5, steps=7)
@@ -53,11 +53,11 @@ def test_options_reach_the_ops(cams, feats):
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
-def test_unit_of_the_features_does_not_matter(cams, feats, factor):
+def test_unit_of_the_features_does_not_matter(wk, cams, feats, factor):
     close(wk.refine_cams(cams, feats * factor), wk.refine_cams(cams, feats), 1e-5)
 
 
-def test_cams_are_averaged_down_and_stretched_up_to_the_features(cams):
+def test_cams_are_averaged_down_and_stretched_up_to_the_features(wk, cams):
     coarse = torch.randn(2, 8, 6, 9)
     expected = walked(F.adaptive_avg_pool2d(cams.double(), (6, 9)), coarse, 16)
     expected = F.interpolate(expected, (12, 17), mode="bilinear", align_corners=False)
@@ -67,7 +67,7 @@ def test_cams_are_averaged_down_and_stretched_up_to_the_features(cams):
     close(wk.refine_cams(cams, fine, size="feats", normalize=None), walked(grown, fine, 16), 1e-4)
 
 
-def test_image_method_walks_on_colours(cams, picture):
+def test_image_method_walks_on_colours(wk, cams, picture):
     grid = grid_size(40, 60, 32)
     expected = walked(F.interpolate(cams.double(), grid, mode="bilinear"), walk_features(picture, grid), 16, scale=1.0)
     expected = F.interpolate(expected, (40, 60), mode="bilinear", align_corners=False)
@@ -78,13 +78,13 @@ def test_image_method_walks_on_colours(cams, picture):
     )
 
 
-def test_guide_is_a_second_walk_at_the_picture(cams, feats, picture):
+def test_guide_is_a_second_walk_at_the_picture(wk, cams, feats, picture):
     first = wk.refine_cams(cams, feats, normalize=None, tol=1e-6)
     second = wk.refine_cams(first, picture, method="image", steps=16, size="feats", normalize=None, tol=1e-6)
     close(wk.refine_cams(cams, feats, guide=picture, size="guide", normalize=None, tol=1e-6), second, 1e-5)
 
 
-def test_several_methods_in_turn(cams, picture):
+def test_several_methods_in_turn(wk, cams, picture):
     once = wk.refine_cams(cams, picture, method="image", size="feats", normalize=None)
     twice = wk.refine_cams(once, picture, method="image", size=(12, 17), normalize=None)
     close(wk.refine_cams(cams, picture, method=("image", "image"), normalize=None), twice)
@@ -93,18 +93,18 @@ def test_several_methods_in_turn(cams, picture):
 @pytest.mark.parametrize(
     ("size", "expected"), [(None, (12, 17)), ("feats", (20, 21)), ((5, 8), (5, 8)), ([5, 8], (5, 8))]
 )
-def test_sizes(cams, size, expected):
+def test_sizes(wk, cams, size, expected):
     assert wk.refine_cams(cams, torch.randn(2, 4, 20, 21), size=size).shape == (2, 3, *expected)
 
 
-def test_labels_choose_the_classes(cams, feats):
+def test_labels_choose_the_classes(wk, cams, feats):
     labels = torch.tensor([[True, False, True], [False, False, False]])
     refined = wk.refine_cams(cams, feats, labels=labels, normalize=None)
     close(refined[0, [0, 2]], wk.refine_cams(cams[:1, [0, 2]], feats[:1], normalize=None)[0], 1e-6)
     assert refined[0, 1].eq(0).all() and refined[1].eq(0).all()
 
 
-def test_background_is_made_of_the_present_classes_at_their_own_maximum(cams, feats):
+def test_background_is_made_of_the_present_classes_at_their_own_maximum(wk, cams, feats):
     labels = torch.tensor([[True, False, True], [False, True, False]])
     cams = cams * torch.tensor([3.0, 100.0, 0.5])[:, None, None]
     refined = wk.refine_cams(cams, feats, labels=labels, background=16, normalize=None)
@@ -115,7 +115,7 @@ def test_background_is_made_of_the_present_classes_at_their_own_maximum(cams, fe
     assert refined[0, 2].eq(0).all()
 
 
-def test_background_per_image_and_without_any_class(cams, feats):
+def test_background_per_image_and_without_any_class(wk, cams, feats):
     each = wk.refine_cams(cams, feats, background=[4.0, 32.0], normalize=None)
     for i, alpha in enumerate((4.0, 32.0)):
         close(each[i], wk.refine_cams(cams[i], feats[i], background=alpha, normalize=None), 1e-6)
@@ -123,7 +123,7 @@ def test_background_per_image_and_without_any_class(cams, feats):
     assert empty[:, 0].eq(1).all() and empty[:, 1:].eq(0).all()
 
 
-def test_psa_preset_is_the_published_walk():
+def test_psa_preset_is_the_published_walk(wk):
     """Dense: A from the cropped pairs, T = A^8 / column sums, squared eight times, no normalisation after."""
     torch.manual_seed(0)
     height, width = 12, 14
@@ -149,14 +149,14 @@ def test_psa_preset_is_the_published_walk():
     torch.testing.assert_close(given, plain, rtol=0, atol=0)
 
 
-def test_one_image_without_a_batch(cams, feats, picture):
+def test_one_image_without_a_batch(wk, cams, feats, picture):
     labels = torch.tensor([True, True, False])
     single = wk.refine_cams(cams[0], feats[0], labels=labels, guide=picture[0], background=8)
     batched = wk.refine_cams(cams[:1], feats[:1], labels=labels[None], guide=picture[:1], background=8)
     torch.testing.assert_close(single, batched[0], rtol=0, atol=0)
 
 
-def test_lists_of_any_sizes():
+def test_lists_of_any_sizes(wk):
     torch.manual_seed(0)
     sizes = [(12, 17), (9, 8), (12, 17), (1, 1)]
     cams = [torch.rand(c, h, w) for c, (h, w) in zip((2, 1, 2, 3), sizes, strict=True)]
@@ -172,7 +172,7 @@ def test_lists_of_any_sizes():
     assert wk.refine_cams([], []) == []
 
 
-def test_gradients_reach_cams_and_features(cams, feats):
+def test_gradients_reach_cams_and_features(wk, cams, feats):
     cams, feats = cams.requires_grad_(), feats.requires_grad_()
     weight = torch.randn(2, 3, 12, 17)
     grads = torch.autograd.grad((wk.refine_cams(cams, feats, normalize=None) * weight).sum(), (cams, feats))
@@ -183,7 +183,7 @@ def test_gradients_reach_cams_and_features(cams, feats):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtype_of_the_cams_comes_back(cams, feats, dtype):
+def test_dtype_of_the_cams_comes_back(wk, cams, feats, dtype):
     refined = wk.refine_cams(cams.to(dtype), feats)
     assert refined.dtype == dtype
     close(refined.float(), wk.refine_cams(cams, feats), 1e-2)
@@ -197,7 +197,7 @@ def test_negative_values_count_as_zero_with_one_warning(cams, feats):
         close(refined, wk.refine_cams((cams - 0.5).clamp(min=0), feats), 0)
 
 
-def test_empty_and_tiny(feats):
+def test_empty_and_tiny(wk, feats):
     assert wk.refine_cams(torch.rand(0, 3, 12, 17), feats[:0]).shape == (0, 3, 12, 17)
     assert wk.refine_cams(torch.rand(2, 0, 12, 17), feats).shape == (2, 0, 12, 17)
     assert wk.refine_cams(torch.rand(1, 1, 1, 1), torch.rand(1, 1, 1, 1)).shape == (1, 1, 1, 1)
@@ -205,7 +205,7 @@ def test_empty_and_tiny(feats):
     assert zero.isfinite().all() and zero[:, 1:].eq(0).all()
 
 
-def test_nan_stays_in_its_class_and_image(cams, feats):
+def test_nan_stays_in_its_class_and_image(wk, cams, feats):
     clean = wk.refine_cams(cams, feats)
     cams = cams.clone()
     cams[0, 1, 3, 3] = float("nan")
@@ -214,11 +214,11 @@ def test_nan_stays_in_its_class_and_image(cams, feats):
     torch.testing.assert_close(dirty[1], clean[1], rtol=0, atol=0)
 
 
-def test_constant_features_still_give_a_result(cams):
+def test_constant_features_still_give_a_result(wk, cams):
     assert wk.refine_cams(cams, torch.ones(2, 4, 12, 17)).isfinite().all()
 
 
-def test_random_convolution_features_at_stride_8_do_not_lower_a_seed():
+def test_random_convolution_features_at_stride_8_do_not_lower_a_seed(wk):
     """A disc on a contrasting ground, seen through an untrained convolution: the walk must not blur the seed away."""
     torch.manual_seed(0)
     ys, xs = torch.meshgrid(torch.arange(192), torch.arange(256), indexing="ij")
@@ -238,10 +238,11 @@ def test_random_convolution_features_at_stride_8_do_not_lower_a_seed():
     assert best_iou(wk.refine_cams(seed, feats)) >= best_iou(seed)
 
 
-def test_compiles_as_one_graph(cams, feats):
+def test_compiles_as_one_graph(device, cams, feats):
     compiled = torch.compile(
         lambda c, f: wk.refine_cams(c, f, background=16), fullgraph=True, dynamic=True, backend="aot_eager"
     )
+    cams, feats = cams.to(device), feats.to(device)
     close(compiled(cams, feats), wk.refine_cams(cams, feats, background=16), 1e-6)
 
 

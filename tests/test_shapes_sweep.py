@@ -1,6 +1,7 @@
 """Shapes, options, dtypes and memory formats drawn at random, forward and backward, against float64.
 
-WSSS_SWEEP_SEED=random draws new cases, a number repeats a run; the seed stands in every failure.
+WSSS_SWEEP_SEED=random draws new cases, a number repeats a run; the seed stands in every failure. WSSS_SWEEP_CASES says
+how many of each op.
 """
 
 import os
@@ -14,7 +15,7 @@ from wsss_kernels import _dispatch
 
 _wanted = os.environ.get("WSSS_SWEEP_SEED", "0")
 SEED = random.SystemRandom().randrange(10**6) if _wanted == "random" else int(_wanted)
-CASES = 100 if _dispatch.native else 30  # of each op
+CASES = int(os.environ.get("WSSS_SWEEP_CASES") or (100 if _dispatch.native else 30))
 BLOCK = 10
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -44,7 +45,7 @@ def check(name, actual, expected, dtype, assert_close, case, tol=0.0):
 
 
 @pytest.mark.parametrize("first", range(0, CASES, BLOCK))
-def test_random_walk(first, oracle, assert_close, nan_filled):
+def test_random_walk(device, first, oracle, assert_close, nan_filled):
     for i in range(first, first + BLOCK):
         draw = random.Random(f"walk {SEED} {i}")
         torch.manual_seed(draw.randrange(2**31))
@@ -59,7 +60,7 @@ def test_random_walk(first, oracle, assert_close, nan_filled):
         maps = torch.randn(batch, channels, height, width).to(dtype)
         affinity = torch.rand(batch, len(oracle.offsets(radius)), height, width)
         affinity = affinity.where(affinity > draw.choice([0, 0.5]), 0).to(dtype)
-        maps, affinity = odd_format(draw, maps), odd_format(draw, affinity)
+        maps, affinity = odd_format(draw, maps.to(device)), odd_format(draw, affinity.to(device))
         case = {"shape": list(maps.shape), "dtype": dtype, "solver": solver, "tol": tol, "case": i} | options
         out = wk.random_walk(maps, affinity, **options, solver=solver, tol=tol)
         assert out.dtype == dtype and out.is_contiguous(), case
@@ -69,7 +70,7 @@ def test_random_walk(first, oracle, assert_close, nan_filled):
 
 
 @pytest.mark.parametrize("first", range(0, CASES, BLOCK))
-def test_local_affinity(first, oracle, assert_close, nan_filled):
+def test_local_affinity(device, first, oracle, assert_close, nan_filled):
     for i in range(first, first + BLOCK):
         draw = random.Random(f"affinity {SEED} {i}")
         torch.manual_seed(draw.randrange(2**31))
@@ -81,17 +82,17 @@ def test_local_affinity(first, oracle, assert_close, nan_filled):
         )
         metric = draw.choice(["l1", "cosine"]) if dim > 1 else "l1"
         scale, border = draw.choice([0.3, 1.0, 2.0, "auto"]), draw.choice(["full", "full", "cropped"])
-        feats = odd_format(draw, torch.randn(batch, dim, height, width).to(dtype)).requires_grad_()
+        feats = odd_format(draw, torch.randn(batch, dim, height, width).to(dtype).to(device)).requires_grad_()
         case = {"shape": list(feats.shape), "dtype": dtype, "radius": radius, "metric": metric, "scale": scale,
                 "border": border, "case": i}  # fmt: skip
         out = wk.local_affinity(feats, radius, metric=metric, scale=scale, border=border)
         assert out.dtype == dtype and out.is_contiguous(), case
-        exact = feats.detach().double().requires_grad_()
+        exact = feats.detach().double().cpu().requires_grad_()
         expected = oracle.affinity(exact, radius, metric, scale, border)
         check("result", out, expected, dtype, assert_close, case)
         upstream = torch.randn(out.shape).to(dtype)
         upstream[expected.detach() < 1e-3] = 0  # max(cos, 0) bends at 0, where rounding decides
         if expected.requires_grad:
-            grad = torch.autograd.grad(out, feats, upstream)[0]
+            grad = torch.autograd.grad(out, feats, upstream.to(device))[0]
             wanted = torch.autograd.grad(expected, exact, upstream.double())[0]
             check("gradient", grad, wanted, dtype, assert_close, case)

@@ -1,0 +1,91 @@
+"""Calls every kernel on small inputs and compares with the CPU: a short run for compute-sanitizer.
+
+python tests/every_kernel.py [walk] [affinity] [refine] [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+import torch
+
+import wsss_kernels as wk
+
+TOLERANCE = 1e-3  # of the largest value: a kernel gone wrong misses by more, half precision by less
+
+
+def rand(*shape, seed=0, dtype=torch.float32):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def compare(name, op, inputs, device):
+    """op(*inputs) and the gradients of its sum, on the device and on the CPU."""
+    results = []
+    for place in (device, torch.device("cpu")):
+        leaves = [x.to(place, copy=True).requires_grad_() for x in inputs]
+        out = op(*leaves)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+        with torch.no_grad():
+            results[-1].append(op(*leaves))  # past torch's dispatcher
+    for got, wanted in zip(*results, strict=True):
+        got, wanted = got.detach().cpu().double(), wanted.detach().double()
+        error = (got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30) if wanted.numel() else 0.0
+        tolerance = TOLERANCE if inputs[0].dtype == torch.float32 else 2e-2
+        assert error <= tolerance, f"{name}: off by {error:.1e} of the largest value"
+    print(name, flush=True)
+
+
+def affinity(device):
+    shapes = ((2, 20, 9, 13, torch.float32), (1, 37, 34, 45, torch.float32), (1, 5, 3, 2, torch.float16))
+    variants = (("l1", 1.0, "full"), ("l1", "auto", "cropped"), ("cosine", 1.0, "full"), ("cosine", "auto", "full"))
+    for (*shape, dtype), (metric, scale, border) in itertools.product(shapes, variants):
+        for radius in (5, 3) if shape[2] < 10 else (5,):
+            compare(
+                f"affinity {shape} {dtype} radius {radius} {metric} {scale} {border}",
+                lambda x: wk.local_affinity(x, radius, metric=metric, scale=scale, border=border),  # noqa: B023
+                [rand(*shape, dtype=dtype)],
+                device,
+            )
+
+
+def walk(device):
+    shapes = ((2, 3, 9, 13, 5), (1, 7, 47, 63, 5), (1, 2, 94, 125, 5), (2, 4, 12, 17, 3), (1, 1, 2, 3, 9))
+    for (*shape, radius), (solver, tol) in itertools.product(
+        shapes, (("power", 1e-4), ("chebyshev", 1e-4), ("auto", 1e-7))
+    ):
+        batch, _, height, width = shape
+        compare(
+            f"walk {shape} radius {radius} {solver} {tol:g}",
+            lambda x, a: wk.random_walk(x, a, radius=radius, steps=20, solver=solver, tol=tol),  # noqa: B023
+            [rand(*shape), rand(batch, len(wk.neighbour_offsets(radius)), height, width, seed=1)],
+            device,
+        )
+
+
+def refine(device):
+    compare(
+        "refine_cams",
+        lambda cams, feats: wk.refine_cams(cams, feats, background=16, steps=20),
+        [rand(2, 2, 14, 19), rand(2, 16, 14, 19, seed=1)],
+        device,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    groups = {"affinity": affinity, "walk": walk, "refine": refine}
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(groups)} (default: all)")
+    parser.add_argument("--device", default="cuda", type=torch.device)
+    options = parser.parse_args(argv)
+    unknown = set(options.ops) - set(groups)
+    if unknown:
+        parser.error(f"OP must be of {', '.join(groups)}, got {', '.join(sorted(unknown))}")
+    for name in options.ops or groups:
+        groups[name](options.device)
+    if options.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

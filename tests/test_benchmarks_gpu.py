@@ -1,0 +1,256 @@
+"""How the GPU is measured, with the CPU standing in for one."""
+
+import json
+import math
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+pytest.importorskip("scipy", reason="the benchmarks' opponents need scipy")
+pytest.importorskip("benchmarks", reason="not part of the package: python -m pytest from the checkout")
+
+from benchmarks import baselines, measure, measure_gpu, plot, run, sizes
+from benchmarks.device import Gpu, Work, repeated
+from wsss_kernels.info import info
+
+CASES = {case.name: case for case in measure.all_cases("cuda")}
+TINY = sizes.Size("tiny 7x9", 7, 9, dim=6)
+SHORT = "affinity psa 47x63 batch 16"
+
+
+class StandIn:
+    """Counts its recordings; a broken one replays nothing, one that records nothing is None."""
+
+    device = torch.device("cpu")
+    l2_bytes = 100_000
+    flops, bytes_per_second = 1e12, 1e11
+    about = {  # noqa: RUF012
+        "device": "cuda", "machine": "NVIDIA Stand-In 1", "driver": "1.2", "cuda": "13.0", "triton": None,
+        "peak_tflops": 1.0, "copy_tbs": 0.1,
+    }  # fmt: skip
+    limit_ms = Gpu.limit_ms
+
+    def __init__(self, graphs="good"):
+        self.graphs = graphs
+        self.recorded = []
+
+    def free_gigabytes(self):
+        return math.inf
+
+    def seconds(self, function, calls=1):
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - start) / calls
+
+    def record(self, functions):
+        self.recorded.append(len(functions))
+        if self.graphs is None:
+            return None
+        result = functions[-1]()
+
+        def replay():
+            for function in functions:
+                last = function()
+            if self.graphs == "good":
+                result.copy_(last)
+
+        return replay, result
+
+    def launches(self, function):
+        return 3
+
+    def peak_mb(self, function):
+        return 1.5
+
+
+def tiny(name):
+    case = CASES[name]
+    return replace(case, size=replace(TINY, batch=case.size.batch))
+
+
+def rows_of(case, gpu=None, **options):
+    gpu = gpu or StandIn()
+    return measure_gpu.run_case(case, measure.environment() | gpu.about, gpu, rounds=3, budget=0.02, **options)
+
+
+def test_names_are_unique_and_every_group_is_known():
+    assert len(CASES) == len(measure.all_cases("cuda"))
+    for case in CASES.values():
+        assert set(case.groups) <= set(run.GROUPS)
+        assert case.ways[0].kind == "ours" and len({way.name for way in case.ways}) == len(case.ways)
+
+
+def test_the_sizes_that_matter_are_there():
+    for size in ("psa 47x63", "irn 94x125", "128x128"):
+        for batch in (1, 16, 256):
+            assert f"walk {size} batch {batch} C=3" in CASES
+            assert CASES[f"affinity {size} batch {batch}"].size.dim == 448
+    assert CASES["affinity, forward + backward crop 56x56 batch 8"].size.batch == 8
+    assert {case.op for case in CASES.values()} == {"random_walk", "local_affinity", "refine_cams"}
+
+
+@pytest.mark.parametrize(
+    "name", [SHORT, "affinity, forward + backward crop 56x56 batch 8", "walk psa 47x63 batch 1 C=3"]
+)
+@pytest.mark.native
+def test_every_way_is_right_on_a_tiny_map(name):
+    case = tiny(name)
+    inputs, expected = measure_gpu.data_of(case, StandIn())
+    for way in case.ways:
+        assert way.compare(way.prepare(inputs)(), expected, inputs) <= way.tolerance, way.name
+
+
+@pytest.mark.native
+def test_rows_are_whole():
+    gpu = StandIn()
+    case = tiny(SHORT)
+    rows = rows_of(case, gpu)
+    assert [row["way"] for row in rows] == ["ours", "torch shifted views"]
+    for row in rows:
+        assert tuple(row) == measure.COLUMNS
+        assert (row["status"], row["device"], row["timing"], row["launches"]) == ("ok", "cuda", "graph", 3)
+        assert row["median_ms"] >= row["min_ms"] > 0 and row["eager_ms"] > 0 and row["peak_mb"] == 1.5
+        assert row["images_per_s"] == pytest.approx(16e3 / row["median_ms"])
+        json.dumps(row)
+    ours, other = rows
+    assert ours["kernel"] == info()["ops"]["local_affinity"]["cuda"]["forward"]["kernel"] and other["kernel"] is None
+    assert ours["limit_reached"] == pytest.approx(ours["limit_ms"] / ours["median_ms"])
+    assert ours["ratio_to"] == "torch shifted views"
+    assert len(gpu.recorded) == 2 and min(gpu.recorded) > 1
+    text = run.gpu_table(rows) + run.heading(measure.environment() | gpu.about)
+    assert "torch shifted views" in text and "NVIDIA Stand-In 1" in text and "driver 1.2" in text
+
+
+@pytest.mark.native
+def test_only_ours():
+    assert [row["way"] for row in rows_of(tiny(SHORT), ours=True)] == ["ours"]
+
+
+@pytest.mark.native
+def test_what_cannot_be_recorded_is_timed_call_by_call():
+    (row,) = rows_of(tiny(SHORT), StandIn(graphs=None), ours=True)
+    assert (row["status"], row["timing"]) == ("ok", "events") and row["median_ms"] > 0
+
+
+@pytest.mark.native
+def test_a_graph_that_writes_nothing_gets_no_number():
+    (row,) = rows_of(tiny(SHORT), StandIn(graphs="broken"), ours=True)
+    assert row["status"].startswith("wrong: in a graph") and row["median_ms"] is None
+
+
+@pytest.mark.native
+def test_wrong_and_failing_ways_get_no_number():
+    case = tiny(SHORT)
+    ours, other = case.ways
+    wrong = replace(ours, name="wrong", prepare=lambda i: lambda: torch.zeros(16, 34, 7, 9))
+
+    def out_of_memory():
+        raise RuntimeError("out of memory\nand more")
+
+    failing = replace(ours, name="failing", prepare=lambda i: out_of_memory)
+    rows = rows_of(replace(case, ways=(wrong, failing, other)))
+    assert [row["status"] for row in rows] == [
+        "wrong: error 1.0e+00, at most 1e-05", "failed: RuntimeError: out of memory", "ok",
+    ]  # fmt: skip
+    assert [row["median_ms"] is None for row in rows] == [True, True, False]
+    found = run.findings(rows, {case.name: case})
+    assert "WRONG" in found and "FAILED" in found
+    assert "out of memory" in run.gpu_table(rows)
+
+
+def test_a_way_without_memory_is_left_out():
+    case = tiny(SHORT)
+    row = measure.new_row(case, replace(case.ways[0], gigabytes=2.0), {}, full=False, gigabytes=1.0)
+    assert row["status"] == "left out: needs 2 GB of free memory"
+
+
+def test_rotation():
+    assert measure_gpu.rotation(50, l2_bytes=100, seconds=1e-6) == 4  # 200 bytes pass before the first comes again
+    assert measure_gpu.rotation(300, l2_bytes=100, seconds=1e-6) == 1
+    assert measure_gpu.rotation(1, l2_bytes=10**6, seconds=0.03) == 3  # no longer than 0.1 s
+    assert measure_gpu.rotation(1, l2_bytes=10**6, seconds=9.0) == 1
+    assert measure_gpu.rotation(0, l2_bytes=0, seconds=0.0) == 1
+
+
+@pytest.mark.native
+def test_every_copy_has_its_own_place():
+    places = []
+    case = tiny(SHORT)
+    ours = case.ways[0]
+
+    def prepare(inputs):
+        places.append(inputs["feats"].data_ptr())
+        return ours.prepare(inputs)
+
+    rows_of(replace(case, ways=(replace(ours, prepare=prepare),)))
+    assert len(places) > 1 and len(set(places)) == len(places)
+
+
+def test_batches_repeat_their_images():
+    data = {"maps": torch.arange(6.0).view(2, 3), "pairs": [torch.arange(5), torch.tensor(1.0)], "steps": 4}
+    grown = repeated(data, 2, 6)
+    assert_close(grown["maps"][4], data["maps"][0])
+    assert grown["maps"].shape == (6, 3) and grown["pairs"][0].shape == (5,) and grown["steps"] == 4
+    assert repeated(data, 2, 2) is data
+
+
+def test_limit_by_hand():
+    gpu = StandIn()
+    assert gpu.limit_ms(Work(flop=2e9, bytes=1e8)) == pytest.approx(2.0)  # arithmetic
+    assert gpu.limit_ms(Work(flop=2e9, bytes=5e8)) == pytest.approx(5.0)  # memory
+    gpu.flops = None
+    assert gpu.limit_ms(Work(flop=2e9, bytes=5e8)) is None
+
+
+def test_work_by_hand():
+    pixels = 47 * 63
+    (work,) = (way.work for way in CASES["affinity psa 47x63 batch 1"].ways if way.work)
+    assert (work.flop, work.bytes) == (3 * 448 * 34 * pixels, 4 * (448 + 34) * pixels)
+    power = CASES["walk psa 47x63 batch 1 C=3"].ways[1]
+    assert power.name == "ours, power"
+    assert power.work == Work(flop=2 * 69 * 256 * 3 * pixels, bytes=4 * (34 + 6) * pixels)
+    training = CASES["affinity, forward + backward crop 56x56 batch 8"].ways[0].work
+    assert training.bytes == 4 * 8 * 56 * 56 * (3 * 448 + 3 * 34)
+
+
+@pytest.mark.native
+def test_work_of_a_series_is_its_products():
+    auto, power = (way.work for way in CASES["walk psa 47x63 batch 1 C=3"].ways[:2])
+    assert 0.2 < auto.flop / power.flop < 0.4  # 74 products of 256
+
+
+def test_transition_matrix_of_a_batch():
+    affinity = torch.rand(3, 34, 5, 7, generator=torch.Generator().manual_seed(0))
+    affinity *= baselines.shifted_affinity(torch.zeros(3, 1, 5, 7)) > 0
+    affinity[affinity < 0.3] = 0
+    batch = baselines.torch_transition_csr(affinity, 8.0).to_dense()
+    alone = [torch.from_numpy(baselines.transition_matrix(a[None], 8.0).toarray()) for a in affinity]
+    assert_close(batch, torch.block_diag(*alone), atol=1e-6, rtol=0)
+
+
+def test_walk_of_a_batch():
+    affinity, maps = baselines.shifted_affinity(sizes.features(replace(TINY, batch=2))), torch.rand(2, 3, 7, 9)
+    matrix = baselines.torch_transition_csr(affinity, 8.0)
+    planes = baselines.transition_planes(affinity, 8.0)
+    walked = baselines.torch_csr_walk(maps, matrix, 9)
+    assert walked.is_contiguous()
+    assert_close(walked, baselines.shifted_walk(maps, planes, 9), atol=1e-5, rtol=0)
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run.main(["--device", "cuda", "--only", "walk"]) == 1
+    assert "torch finds no CUDA device" in capsys.readouterr().err
+
+
+def test_rows_of_a_gpu_have_a_file_of_their_own(tmp_path, capsys):
+    row = dict.fromkeys(measure.COLUMNS) | StandIn.about
+    row |= {"op": "random_walk", "cores": 16, "group": "walk", "case": "walk", "channels": 5, "way": "ours, auto"}
+    row |= {"status": "ok", "median_ms": 1.0, "date": "2030-01-01", "height": 7, "width": 9, "threads": 1}
+    (path,) = run.write([row], tmp_path)
+    assert path.name == "random_walk--nvidia-stand-in-1.jsonl"
+    assert plot.newest([row], 5, None) == [] and plot.newest([row], 5, "nvidia-stand-in-1") == [row]
