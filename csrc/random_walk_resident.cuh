@@ -67,8 +67,9 @@ struct Links<__half> {
   static __device__ void keep(unsigned& bits) { asm volatile("" : "+r"(bits)); }
 };
 
+constexpr int kTogether = 3;  // links of a pixel loaded at the same time
 template <class Weight>
-constexpr int kStaged = (2 * stencil_reach(kRadius, 0) + 1) * Links<Weight>::kPixels;
+constexpr int kStaged = (2 * kHalo + kTogether) / kTogether * kTogether * Links<Weight>::kPixels;
 
 struct ResidentWalk {
   const float *maps, *affinity;
@@ -185,16 +186,22 @@ __device__ __forceinline__ void load_links(const ResidentWalk& walk, const float
         constexpr int k_middle = offset_index(kRadius, dy < 0 ? -dy : dy, 0);  // of dx = 0; -1 in the pixel's own row
         const bool in_map = y + dy >= 0 && y + dy < walk.height;
 #pragma unroll 1
-        for (int i = 0; i < (2 * reach + 1) * kPixels; ++i) {
-          const int dx = i / kPixels - reach, column = x + i % kPixels;
-          const bool forward = dy > 0 || (dy == 0 && dx > 0);  // stored here, else at the other end
-          const int64_t k = forward ? k_middle + dx : k_middle - dx;
-          const int at = forward ? y * walk.width + column : (y + dy) * walk.width + column + dx;
-          float weight = 0;
-          if (in_map && column < walk.width && column + dx >= 0 && column + dx < walk.width && (dy != 0 || dx != 0)) {
-            weight = link_weight(affinity[k * plane + at], walk.beta);
+        for (int first = -reach; first <= reach; first += kTogether) {
+          float loaded[kTogether * kPixels];
+#pragma unroll
+          for (int i = 0; i < kTogether * kPixels; ++i) {
+            const int dx = first + i / kPixels, column = x + i % kPixels;
+            const bool forward = dy > 0 || (dy == 0 && dx > 0);  // stored here, else at the other end
+            const int64_t k = forward ? k_middle + dx : k_middle - dx;
+            const int at = forward ? y * walk.width + column : (y + dy) * walk.width + column + dx;
+            const bool exists = in_map && dx <= reach && column < walk.width && column + dx >= 0 &&
+                                column + dx < walk.width && (dy != 0 || dx != 0);
+            loaded[i] = exists ? affinity[k * plane + at] : 0;
           }
-          stage[i * blockDim.x] = weight;
+#pragma unroll
+          for (int i = 0; i < kTogether * kPixels; ++i) {
+            stage[((first + reach) * kPixels + i) * int(blockDim.x)] = link_weight(loaded[i], walk.beta);
+          }
         }
         stage += reach * kPixels * blockDim.x;  // to dx = 0
       },
