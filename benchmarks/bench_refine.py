@@ -96,13 +96,12 @@ def _picture() -> Case:
     )
 
 
-def _ragged() -> Case:
+def _ragged(kind: str, grids: list[tuple[int, int]]) -> Case:
     arguments: dict[str, Any] = {"steps": 62}  # by itself a longer picture takes more
-    size = Size(f"{LIST} ragged images of about 47x63", 47, 63, batch=LIST, dim=64)
+    size = Size(f"{LIST} {kind} of about 47x63", 47, 63, batch=LIST, dim=64)
 
     def inputs(size: Size) -> Inputs:
-        grids = sizes.ragged_sizes(size.batch, size.height * size.width)
-        images = [Size("", h, w, dim=size.dim) for h, w in grids]
+        images = [Size("", h, w, dim=size.dim) for h, w in grids[: size.batch]]
         return {
             "cams": [sizes.maps(image, 2, seed=i)[0] for i, image in enumerate(images)],
             "feats": [sizes.features(image, seed=i)[0] for i, image in enumerate(images)],
@@ -119,7 +118,7 @@ def _ragged() -> Case:
         ]
 
     return Case(
-        name=f"refine_cams, {LIST} images of {LIST} sizes around 47x63, C=2 D=64",
+        name=f"refine_cams, {LIST} {kind} of as many pixels as 47x63, C=2 D=64",
         op="refine_cams",
         groups=("refine",),
         size=size,
@@ -161,7 +160,11 @@ def _gpu_batch(size: Size, batch: int) -> Case:
     return replace(case, name=name, groups=("refine",), size=size, ways=case.ways[:1], aims=(), quick=False)
 
 
-CASES: list[Case] = [_default(), _published(), _picture(), _ragged(), _large()]
+_RAGGED = [
+    _ragged("shapes from 22x135 to 85x35", sizes.ragged_sizes(LIST, 47 * 63)),
+    _ragged("shapes of photographs", sizes.photograph_sizes(LIST)),
+]
+CASES: list[Case] = [_default(), _published(), _picture(), *_RAGGED, _large()]
 GPU_CASES: list[Case] = [
     replace(_default(), groups=("refine",), aims=()),
     _gpu_batch(sizes.PSA, 16),

@@ -89,3 +89,10 @@ def ragged_sizes(count: int, pixels: int) -> list[tuple[int, int]]:
     """`count` different sizes (height, width) of about the same number of pixels."""
     first = max(1, round(pixels**0.5) - count // 2)
     return [(height, max(1, round(pixels / height))) for height in range(first, first + count)]
+
+
+def photograph_sizes(count: int, long_side: int = 63) -> list[tuple[int, int]]:
+    """`count` different sizes (height, width) of pictures, lying and standing: 63 is 500 pixels at stride 8."""
+    half = count // 2
+    lying = [(short, long_side) for short in range(long_side - half + 1, long_side + 1)]
+    return lying + [(long_side, height - 1) for height, _ in lying]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -213,9 +214,7 @@ def _refine_tensor(
     alphas = _per_image(background, batch)
     target = _target_size(size, cams, feats, guide)
 
-    maps = cams if cams.dtype == torch.float64 else cams.float()
-    _warn_negative(maps)
-    maps = maps.clamp(min=0)
+    maps = _without_negative(cams if cams.dtype == torch.float64 else cams.float())
     maps, positions = _present(maps, labels)
     if alphas is not None:
         maps = torch.cat([_background_map(maps, alphas), maps], dim=1)
@@ -252,11 +251,19 @@ def _target_size(size: str | Size | None, cams: Tensor, feats: Tensor, guide: Te
     return height, width
 
 
-def _warn_negative(maps: Tensor) -> None:
-    if torch.compiler.is_compiling() or maps.device.type != "cpu" or not maps.numel():
-        return
-    if maps.detach().amin() < 0:
-        warnings.warn("negative values in cams count as 0 (logits? pass their ReLU)", UserWarning, stacklevel=4)
+def _without_negative(maps: Tensor) -> Tensor:
+    if _reads_values(maps) and maps.numel():
+        least = maps.detach().amin().item()
+        if least >= 0:
+            return maps
+        if least < 0:
+            warnings.warn("negative values in cams count as 0 (logits? pass their ReLU)", UserWarning, stacklevel=4)
+    return maps.clamp(min=0)
+
+
+def _reads_values(tensor: Tensor) -> bool:
+    """Whether a value can decide what happens next: not where that would wait for a GPU or break a graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _present(maps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -267,7 +274,7 @@ def _present(maps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None
     """
     if labels is None:
         return maps, None
-    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+    if not _reads_values(labels):
         return maps * labels[:, :, None, None].to(maps.device), None
     most = int(labels.sum(dim=1).max()) if labels.numel() else 0
     positions = torch.argsort(labels, dim=1, descending=True, stable=True)[:, :most]
@@ -323,9 +330,13 @@ def _normalized(maps: Tensor, normalize: str | None) -> Tensor:
 
 def _maximum(maps: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Largest finite value: NaN and infinity stay in their own class."""
+    if _reads_values(maps):
+        maximum = maps.amax(dim=dims, keepdim=True)
+        if math.isfinite(maximum.detach().sum().item()):
+            return maximum
     return maps.nan_to_num(0, 0, 0).amax(dim=dims, keepdim=True)
 
 
 def _scaled(maps: Tensor, maximum: Tensor) -> Tensor:
     """maps / maximum, 0 where that is 0."""
-    return maps / torch.where(maximum > 0, maximum, torch.ones_like(maximum))
+    return maps / torch.where(maximum > 0, maximum, 1.0)
