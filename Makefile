@@ -33,6 +33,8 @@ demo: $(VENV)/.with-demo
 
 test: $(VENV)/.with-test
 	WSSS_REQUIRE_NATIVE=1 $(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+	@echo "The Triton kernels in their interpreter, which must be chosen before triton is imported."
+	TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -q tests/triton
 	@echo "Once more with the compiled module hidden: the references carry it alone."
 	WSSS_DISABLE_NATIVE=1 $(VENV_PYTHON) -m pytest -q $(FALLBACK_TESTS)
 

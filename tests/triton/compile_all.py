@@ -1,0 +1,155 @@
+"""Compile every Triton kernel in every configuration the launcher can choose, for GPUs that are not here.
+
+    python tests/triton/compile_all.py
+
+The entry points run on tensors without data while the launches are written down instead of made: what is compiled is
+what they ask for. One line a kernel and target: registers, spills and shared memory. A spill on sm_80 or sm_90 is an
+error; so is a configuration of the table that no call reached.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from wsss_kernels import neighbours
+from wsss_kernels.triton import launch, local_affinity, random_walk
+
+TARGETS = (
+    GPUTarget("cuda", 80, 32),
+    GPUTarget("cuda", 90, 32),
+    GPUTarget("cuda", 100, 32),
+    GPUTarget("hip", "gfx942", 64),
+)
+NO_SPILLS = TARGETS[:2]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
+         torch.int32: "i32"}  # fmt: skip
+# Of values, that is; the lists of integers are short.
+NARROW_OFFSET = re.compile(r"tt\.addptr .*!tt\.ptr<b?f\d+>>?, (?:tensor<[\dx]*)?i(?!64)\d+")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class Program(NamedTuple):
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, int], ...]
+    threads: int
+
+    def __str__(self) -> str:
+        types = dict.fromkeys(kind[1:] for _, kind in self.signature if kind.startswith("*") and kind != "*i32")
+        constants = (f"{name.lower()}={int(value)}" for name, value in self.constants)
+        return " ".join([self.kernel, "/".join(types), *constants])
+
+
+class Use(NamedTuple):
+    registers: int
+    spills: int  # bytes a thread; AMD: registers
+    shared: int  # bytes a program
+
+
+def argument_type(argument: object, annotated: str) -> str:
+    if isinstance(argument, torch.Tensor):
+        return "*" + TYPES[argument.dtype]
+    return annotated or {int: "i32", float: "fp32"}[type(argument)]
+
+
+def recorded_programs() -> list[Program]:
+    programs: dict[Program, None] = {}
+    reached: list[launch.Configuration] = []
+
+    def record(function, count, configuration, *arguments, **constants) -> None:
+        constants = {**configuration.blocks, **constants}
+        parameters = [p for p in function.params if not p.is_constexpr]
+        assert len(parameters) == len(arguments), function
+        signature = tuple((p.name, argument_type(a, p.annotation_type))
+                          for p, a in zip(parameters, arguments, strict=True))  # fmt: skip
+        constants_in_order = tuple((p.name, constants.pop(p.name)) for p in function.params if p.is_constexpr)
+        assert not constants, f"{function} has no {constants}"
+        program = Program(function.__module__, function.__name__, signature, constants_in_order, configuration.threads)
+        programs[program] = None
+        reached.append(configuration)
+
+    launch.launch = record
+    for dtype, radius, cosine, scale in itertools.product(DTYPES, (2, 5), (False, True), (0.0, 1.0)):
+        feats = torch.empty(1, 8, 6, 7, dtype=dtype, device="meta")
+        affinity, scales = local_affinity.local_affinity(feats, radius, cosine, scale, False)
+        local_affinity.local_affinity_backward(affinity, feats, affinity, scales, radius, cosine, scale, False)
+    walks = itertools.product(DTYPES, (1, 2, 3), (6, 512), (1e-4, 1e-9))
+    for dtype, channels, size, tol in walks:
+        maps = torch.empty(1, channels, size, size, dtype=dtype, device="meta")
+        affinity = torch.empty(1, neighbours.neighbour_count(5), size, size, dtype=dtype, device="meta")
+        random_walk.random_walk(maps, affinity, 5, 8.0, 2, "auto", tol)
+        random_walk.random_walk_backward(maps, maps, affinity, 5, 8.0, 2, "auto", tol, True, True)
+    table = [value for name, value in vars(launch).items() if name.isupper()]
+    listed = [c for value in table for c in (value.values() if isinstance(value, dict) else [value])]
+    unreached = [c for c in listed if isinstance(c, launch.Configuration) and c not in reached]
+    assert not unreached, f"no call chose {unreached}"
+    return list(programs)
+
+
+def compile_for(program: Program, target: GPUTarget) -> Use:
+    function = getattr(importlib.import_module(program.module), program.kernel)
+    signature = {**dict(program.signature), **{name: "constexpr" for name, _ in program.constants}}
+    ordered = {parameter.name: signature[parameter.name] for parameter in function.params}
+    compiled = triton.compile(
+        ASTSource(function, ordered, constexprs=dict(program.constants)),
+        target=target,
+        options={"num_warps": max(1, program.threads // target.warp_size), "num_stages": 1},
+    )
+    narrow = NARROW_OFFSET.search(compiled.asm["ttir"])
+    if narrow:
+        raise ValueError(f"{program} moves a pointer by less than 64 bits: {narrow[0]}")
+    shared = compiled.metadata.shared
+    if target.backend == "hip":
+
+        def value(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s*(\d+)", compiled.asm["amdgcn"])[1])
+
+        return Use(value("vgpr_count"), value("vgpr_spill_count") + value("sgpr_spill_count"), shared)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
+    resources = dict(re.findall(r"(\w+):(\d+)", usage))
+    return Use(int(resources["REG"]), int(resources["STACK"]) + int(resources["LOCAL"]), shared)
+
+
+def name_of(target: GPUTarget) -> str:
+    return target.arch if target.backend == "hip" else f"sm_{target.arch}"
+
+
+def main() -> int:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET must not be 1: interpreted kernels cannot be compiled")
+    pairs = list(itertools.product(recorded_programs(), TARGETS))
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with concurrent.futures.ProcessPoolExecutor() as pool:
+            uses = list(pool.map(compile_for, *zip(*pairs, strict=True), chunksize=4))
+    print(f"{'registers':>9} {'spills':>7} {'shared':>7}  target  kernel")
+    faults = 0
+    for (program, target), use in zip(pairs, uses, strict=True):
+        fault = use.spills > 0 and target in NO_SPILLS
+        faults += fault
+        print(f"{use.registers:9} {use.spills:7} {use.shared:7}  {name_of(target):7} {program}{'  SPILLS' * fault}")
+    print(f"{len(pairs)} compiled, {faults} spilling on {' or '.join(map(name_of, NO_SPILLS))}")
+    return int(faults > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

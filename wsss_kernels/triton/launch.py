@@ -1,0 +1,77 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+"""How the Triton kernels are compiled and launched: every configuration there is, and the choice between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """Block sizes (the kernel's constexpr arguments) and threads of a program."""
+
+    threads: int
+    blocks: dict[str, int]
+
+
+# Registers hold ROWS x BAND sums a thread, so that a loaded row serves BAND pairs; channels lie side by side in a
+# program because a map alone (47 x 63 pixels) would leave most of the machine without work.
+AFFINITY = {
+    band: Configuration(128, {"ROWS": 4, "BAND": band, "COLUMNS": 32, "CHANNELS": 4})
+    for band in (3, 5)  # rows of the half-disc: all of them up to radius 3 and 5; radius 10 in two bands
+}
+AFFINITY_GRADIENT = Configuration(128, {"ROWS": 4, "COLUMNS": 32, "CHANNELS": 4})  # 8 channels spill
+NORM = Configuration(256, {"CHANNELS": 8, "PIXELS": 32})
+REDUCTION = Configuration(128, {"BLOCK": 1024})
+ELEMENTWISE = Configuration(128, {"BLOCK": 1024})
+# A small map takes its neighbours side by side too, eight a program: its steps wait for memory, not for arithmetic.
+WALK = {
+    (maps, small): Configuration(256, {"LINKS": 8, "MAPS": maps, "PIXELS": 32})
+    if small
+    else Configuration(128, {"LINKS": 1, "MAPS": maps, "PIXELS": 128})
+    for maps in (1, 2, 4)
+    for small in (True, False)
+}
+DEGREE = Configuration(256, {"LINKS": 8, "PIXELS": 32})
+WALK_GRADIENT = Configuration(128, {"LINKS": 8, "PIXELS": 64})
+
+# Fewer programs than this, a few for each multiprocessor, leave the large blocks' machine partly idle.
+_FEW_PROGRAMS = 512
+
+
+def affinity(radius: int) -> Configuration:
+    return AFFINITY[3 if radius <= 3 else 5]
+
+
+def walk(batch: int, channels: int, plane: int) -> Configuration:
+    maps = channels if channels <= 2 else 4
+    large = WALK[maps, False]
+    programs = batch * -(-channels // maps) * -(-plane // large.blocks["PIXELS"])
+    return WALK[maps, True] if programs < _FEW_PROGRAMS else large
+
+
+def kernel(function):
+    """triton.jit without variants for special values of an argument: each configuration is one program."""
+    arguments = inspect.signature(function).parameters.values()
+    names = [argument.name for argument in arguments if argument.annotation is not tl.constexpr]
+    return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
+
+
+def launch(function, programs: int, configuration: Configuration, *arguments: Any, **constants: Any) -> None:
+    """On the current device and stream."""
+    if programs > 0:
+        function[(programs,)](
+            *arguments, **configuration.blocks, **constants, num_warps=_warps(configuration.threads), num_stages=1
+        )
+
+
+def _warps(threads: int) -> int:
+    if torch.version.hip is None:
+        return threads // 32
+    return max(1, threads // triton.runtime.driver.active.get_current_target().warp_size)
