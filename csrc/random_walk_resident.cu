@@ -46,8 +46,8 @@ ResidentWalk describe(const WalkShape& shape, const WalkOptions& options, const 
   walk.by_series = !method.series.empty();
   walk.products = int(walk.by_series ? int64_t(method.series.size()) - 1 : method.steps);
   walk.first = walk.by_series ? method.series[options.steps % 2] : 0;
-  const int columns = (walk.width + kPixels - 1) / kPixels * kPixels;
-  walk.pitch = (columns + 2 * kHalo + 3) / 4 * 4;
+  walk.columns = (walk.width + kPixels - 1) / kPixels * kPixels;
+  walk.pitch = (walk.columns + 2 * kHalo + 3) / 4 * 4;
   walk.map_size = (walk.rows + 2 * kHalo) * walk.pitch;
   walk.sum_at = 2 * plan.maps * walk.map_size;
   walk.series_at = walk.sum_at + plan.maps * walk.map_size;
@@ -158,10 +158,10 @@ class Planner {
   const Device device_;
 };
 
-// The grid form's part of the workspace, also counted by it.
-void take_workspace(const WalkShape& shape, const CudaWalkPlan& plan, Workspace& parts, ResidentWalk* walk) {
+// The grid form's workspace; the same code counts it.
+void take_workspace(const CudaWalkPlan& plan, Workspace& parts, ResidentWalk* walk) {
   if (plan.form != WalkForm::kGrid) return;
-  walk->exchange = parts.take<float>(size_t(2) * plan.items_at_once * plan.maps * shape.height * shape.width);
+  walk->exchange = parts.take<float>(size_t(2) * plan.items_at_once * plan.maps * walk->height * walk->columns);
   walk->alive = parts.take<int>(size_t(2) * plan.items_at_once * plan.blocks);
 }
 
@@ -183,7 +183,7 @@ void run(const float* maps, const float* affinity, float* out, const WalkShape& 
   walk.affinity = affinity;
   walk.out = out;
   Workspace parts(workspace);
-  take_workspace(shape, plan, parts, &walk);
+  take_workspace(plan, parts, &walk);
   const auto launch = plan.form == WalkForm::kCluster ? launch_walk<Weight, true> : launch_walk<Weight, false>;
   launch(walk, plan, stream);
 }
@@ -201,9 +201,10 @@ bool plan_resident_walk(const WalkShape& shape, const WalkOptions& options, cons
   const bool found = plan->half_weights ? Planner<__half>(shape, options, method).plan(plan)
                                         : Planner<float>(shape, options, method).plan(plan);
   if (!found) return false;
+  ResidentWalk walk = plan->half_weights ? describe<__half>(shape, options, method, *plan)
+                                         : describe<float>(shape, options, method, *plan);
   Workspace counting(nullptr);
-  ResidentWalk walk;
-  take_workspace(shape, *plan, counting, &walk);
+  take_workspace(*plan, counting, &walk);
   plan->workspace = counting.bytes();
   return true;
 }

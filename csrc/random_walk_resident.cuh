@@ -30,6 +30,7 @@ struct Links;
 template <>
 struct Links<float> {
   static constexpr int kPixels = 3;
+  static constexpr bool kExact = true;
   float weight[kLinks][kPixels];
   __device__ void set(int link, const float (&values)[kPixels]) {
 #pragma unroll
@@ -42,6 +43,7 @@ struct Links<float> {
 template <>
 struct Links<__half> {
   static constexpr int kPixels = 4;
+  static constexpr bool kExact = false;
   unsigned pair[kLinks][kPixels / 2];  // two __half each
   __device__ void set(int link, const float (&values)[kPixels]) {
 #pragma unroll
@@ -74,7 +76,7 @@ constexpr int kStaged = (2 * kHalo + kTogether) / kTogether * kTogether * Links<
 struct ResidentWalk {
   const float *maps, *affinity;
   float* out;
-  float* exchange;  // grid form: [2, items at once, maps an item, H, W], rows near a band's ends
+  float* exchange;  // grid form: [2, items at once, maps an item, H, columns], rows near a band's ends
   int* alive;       // grid form: [2, items at once, blocks]
   int64_t steps;
   double first;  // coefficient of T_0 or T_1
@@ -85,7 +87,7 @@ struct ResidentWalk {
   // A block's shared memory, in floats: the maps x_k for k even, those for k odd, the series' sum, its coefficients,
   // which maps are walked as each block of the item sees it, and the stage of load_links. A map has the halo on all
   // sides.
-  int pitch, map_size, sum_at, series_at, alive_at, stage_at;
+  int columns, pitch, map_size, sum_at, series_at, alive_at, stage_at;
 
   __device__ float* map(int k, int m) const { return block_memory<float>() + ((k & 1) * maps_an_item + m) * map_size; }
   __device__ float* sum(int m) const { return block_memory<float>() + sum_at + m * map_size; }
@@ -219,35 +221,46 @@ __device__ __forceinline__ void load_links(const ResidentWalk& walk, const float
   for (int p = 0; p < kPixels; ++p) inverse[p] = float(1 / degree[p]);
 }
 
-// (P x)_i at a thread's pixels; `from` is the first column the leftmost one needs. With r = x at one of the pixels it
-// is r + (x_i - r + sum_j W_ij (x_j - r)) / d_i: as in the difference form, rounding is relative to what x changes
-// nearby and constants are kept, but a loaded value costs one subtraction instead of one a link.
+// (P x)_i at a thread's pixels; `from` is the first column the leftmost one needs.
+//   exact: the difference form x_i + sum_j W_ij (x_j - x_i) / d_i, whose rounding is relative to what x changes nearby
+//   else:  r + (x_i - r + sum_j W_ij (x_j - r)) / d_i with r = x at one of the pixels. It keeps constants too, and a
+//   loaded
+//          value costs one subtraction instead of one a link; but where r lies across an edge its rounding, the same in
+//          every step, adds up to some 3e-5 in 256 steps, which float16 weights exceed anyway.
 template <class Weight>
 __device__ __forceinline__ void multiply(Links<Weight>& links, const float (&inverse)[Links<Weight>::kPixels],
                                          const float* from, int pitch, float (&product)[Links<Weight>::kPixels]) {
   constexpr int kPixels = Links<Weight>::kPixels;
+  constexpr bool kExact = Links<Weight>::kExact;
   links.keep();
-  const float reference = from[kHalo + kPixels / 2];
-  float sum[kPixels], row[kPixels + 2 * kHalo];
+  float centre[kPixels], sum[kPixels], row[kPixels + 2 * kHalo];
 #pragma unroll
-  for (int p = 0; p < kPixels; ++p) sum[p] = 0;
+  for (int p = 0; p < kPixels; ++p) {
+    centre[p] = from[kHalo + (kExact ? p : kPixels / 2)];
+    sum[p] = 0;
+  }
   for_each_link(
       [&](auto dy) {
         constexpr int kReach = stencil_reach(kRadius, dy.value < 0 ? -dy.value : dy.value);
         load_floats<kPixels>(from + dy.value * pitch, row);
+        if constexpr (!kExact) {
 #pragma unroll
-        for (int i = kHalo - kReach; i < kPixels + kHalo + kReach; ++i) row[i] -= reference;
-        if constexpr (dy.value == 0) {
+          for (int i = kHalo - kReach; i < kPixels + kHalo + kReach; ++i) row[i] -= centre[0];
+        }
+        if constexpr (!kExact && dy.value == 0) {
 #pragma unroll
           for (int p = 0; p < kPixels; ++p) sum[p] += row[p + kHalo];
         }
       },
       [&](auto, auto dx, auto link) {
 #pragma unroll
-        for (int p = 0; p < kPixels; ++p) sum[p] += links.get(link.value, p) * row[p + dx.value + kHalo];
+        for (int p = 0; p < kPixels; ++p) {
+          const float value = row[p + dx.value + kHalo];
+          sum[p] += links.get(link.value, p) * (kExact ? value - centre[p] : value);
+        }
       });
 #pragma unroll
-  for (int p = 0; p < kPixels; ++p) product[p] = reference + inverse[p] * sum[p];
+  for (int p = 0; p < kPixels; ++p) product[p] = centre[p] + inverse[p] * sum[p];
 }
 
 template <class Weight, bool kCluster>
@@ -359,10 +372,10 @@ class Band {
       if (!(walked >> m & 1)) continue;
       const float* const from = exchange(k, m);
       const int above = min(begin(), kHalo), below = min(walk_.height - end(), kHalo);
-      for (int i = threadIdx.x; i < (above + below) * walk_.width; i += blockDim.x) {
-        const int line = i / walk_.width, x = i % walk_.width;
+      for (int i = threadIdx.x; i < (above + below) * walk_.columns; i += blockDim.x) {
+        const int line = i / walk_.columns, x = i % walk_.columns;
         const int y = line < above ? begin() - above + line : end() + line - above;
-        walk_.map(k, m)[(y - begin() + kHalo) * walk_.pitch + x + kHalo] = from[int64_t(y) * walk_.width + x];
+        walk_.map(k, m)[(y - begin() + kHalo) * walk_.pitch + x + kHalo] = from[y * walk_.columns + x];
       }
     }
     __syncthreads();
@@ -394,7 +407,7 @@ class Band {
   }
   __device__ float* exchange(int k, int m) const {
     const int64_t map = (int64_t(k & 1) * walk_.items_at_once + slot()) * walk_.maps_an_item + m;
-    return walk_.exchange + map * walk_.height * walk_.width;
+    return walk_.exchange + map * walk_.height * walk_.columns;
   }
 
   // Own values of x_k to the bands within four rows.
@@ -409,11 +422,9 @@ class Band {
         store_floats(in_block(own - rank * band, rank), value);
       }
     } else if (y_ < begin() + kHalo || y_ >= end() - kHalo) {
-      float* const to = exchange(k, m) + int64_t(y_) * walk_.width + x_;
+      float* const to = exchange(k, m) + begin() * walk_.columns + int(threadIdx.x) * kPixels;
 #pragma unroll
-      for (int p = 0; p < kPixels; ++p) {
-        if (x_ + p < walk_.width) to[p] = value[p];
-      }
+      for (int p = 0; p < kPixels; ++p) to[p] = value[p];
     }
   }
 
