@@ -10,6 +10,39 @@
 namespace wsss::python {
 namespace {
 
+size_t local_affinity_cuda_workspace(int64_t batch, int64_t dim, int64_t height, int64_t width, int radius, bool cosine,
+                                     double scale, bool cropped, int type, int device) {
+  const CudaDevice current(device);
+  return wsss::local_affinity_cuda_workspace(FeatureShape{batch, dim, height, width},
+                                             affinity_options(radius, cosine, scale, cropped), DataType(type));
+}
+
+void local_affinity_cuda(Address feats, Address out, Address scales, int64_t batch, int64_t dim, int64_t height,
+                         int64_t width, int radius, bool cosine, double scale, bool cropped, int type,
+                         Address workspace, int device, Address stream) {
+  const CudaDevice current(device);
+  wsss::local_affinity_cuda(at<void>(feats), at<void>(out), at(scales), FeatureShape{batch, dim, height, width},
+                            affinity_options(radius, cosine, scale, cropped), DataType(type), at<void>(workspace),
+                            at<void>(stream));
+}
+
+size_t local_affinity_backward_cuda_workspace(int64_t batch, int64_t dim, int64_t height, int64_t width, int radius,
+                                              bool cosine, double scale, bool cropped, int type, int device) {
+  const CudaDevice current(device);
+  return wsss::local_affinity_backward_cuda_workspace(FeatureShape{batch, dim, height, width},
+                                                      affinity_options(radius, cosine, scale, cropped), DataType(type));
+}
+
+void local_affinity_backward_cuda(Address grad, Address feats, Address affinity, Address scales, Address grad_feats,
+                                  int64_t batch, int64_t dim, int64_t height, int64_t width, int radius, bool cosine,
+                                  double scale, bool cropped, int type, Address workspace, int device, Address stream) {
+  const CudaDevice current(device);
+  wsss::local_affinity_backward_cuda(at<void>(grad), at<void>(feats), at<void>(affinity), at(scales),
+                                     at<void>(grad_feats), FeatureShape{batch, dim, height, width},
+                                     affinity_options(radius, cosine, scale, cropped), DataType(type),
+                                     at<void>(workspace), at<void>(stream));
+}
+
 CudaWalkPlan plan_random_walk_cuda(int64_t batch, int64_t channels, int64_t height, int64_t width, int radius,
                                    int64_t steps, int solver, double tol, int device) {
   const CudaDevice current(device);
@@ -56,6 +89,10 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_device_count", &cuda_device_count, without_gil);
   m.def("cuda_probe", &cuda_probe, py::arg("stream") = Address{0}, without_gil);
   m.def("cuda_runs_on", &cuda_runs_on, without_gil);
+  m.def("local_affinity_cuda_workspace", &local_affinity_cuda_workspace);
+  m.def("local_affinity_cuda", &local_affinity_cuda, without_gil);
+  m.def("local_affinity_backward_cuda_workspace", &local_affinity_backward_cuda_workspace);
+  m.def("local_affinity_backward_cuda", &local_affinity_backward_cuda, without_gil);
   py::class_<CudaWalkPlan>(m, "CudaWalkPlan")
       .def_readonly("workspace", &CudaWalkPlan::workspace)
       .def_readonly("blocks", &CudaWalkPlan::blocks)

@@ -109,7 +109,11 @@ def test_rounding(right, name, dtype):
     between = torch.arange(0, 2**15, dtype=torch.int16).view(dtype).float()
     between = between[between.isfinite()]
     ties = (between[1:].double() + between[:-1].double()) / 2
-    near = [ties.float(), torch.nextafter(ties.float(), torch.tensor(0.0)), torch.nextafter(ties.float(), torch.tensor(3e38))]
+    near = [
+        ties.float(),
+        torch.nextafter(ties.float(), torch.tensor(0.0)),
+        torch.nextafter(ties.float(), torch.tensor(3e38)),
+    ]
     random = torch.randint(-(2**31), 2**31 - 1, (100_000,)).int().view(torch.float32)
     values = torch.cat([*near, *(-x for x in near), random, torch.tensor([65504.0, 65519.99, 65520.0, 1e-45, 3e38])])
     values = torch.nn.functional.pad(values, (0, -len(values) % 128))
@@ -222,50 +226,73 @@ def test_what_the_device_has(right):
     with right.run(max_cluster=8) as gpu, pytest.raises(runner.CudaError, match="ring: cudaErrorInvalidClusterSize"):
         gpu.call("run_large_ring", None, None, 16, 0)
     with right.run(registers=128) as gpu:
-        assert [gpu.ask("blocks_a_processor", *how) for how in [(256, 0), (32, 0), (32, 48 * 1024), (32, 99_999)]] == [2, 16, 4, 0]
+        for threads, shared, blocks in [(256, 0, 2), (32, 0, 16), (32, 48 * 1024, 4), (32, 99_999, 0)]:
+            assert gpu.ask("blocks_a_processor", threads, shared) == blocks
     with pytest.raises(ValueError, match="not cores"), right.run(cores=1):
         pass
 
 
-WRONG = {  # what the text must say; blocks
-    "no_block_barrier": (r"race: read of 4 bytes at 'shared memory' \+ \d+ \(of 256 bytes\) without a barrier after its "
-                         r"write by thread \(\d+,0,0\) of block \(0,0,0\) at wrong.cu:\d+, by thread", 1),
-    "no_barrier_before_next_write": (r"race: write of 4 bytes at 'shared memory'.* after its read by thread", 1),
-    "no_warp_barrier": ("race: read of 4 bytes at 'shared memory'", 1),
-    "shuffle_for_barrier": ("race: read of 4 bytes at 'shared memory'", 1),
-    "barrier_of_other_lanes": ("race: read of 4 bytes at 'shared memory'", 1),
-    "no_cluster_barrier": ("race: read of 4 bytes at 'shared memory'", 2),
-    "written_after_arrival": ("race: read of 4 bytes at 'shared memory'", 2),
-    "no_barrier_at_start": ("lifetime: write of 4 bytes of shared memory of block .* it may not have started", 2),
-    "no_barrier_at_exit": (r"lifetime: (block \(\d,0,0\) exits without|read of .* which has exited)", 2),
-    "other_cluster": ("map_shared_rank must name a block of the cluster", 4),
-    "no_grid_barrier": ("race: read of 4 bytes at 'workspace'", 2),
-    "grid_barrier_without_launch": ("a barrier of the grid needs a cooperative launch", 1),
-    "two_writers": (r"race: write of 4 bytes at 'out' \+ 0 ", 2),
-    "atomic_and_plain": (r"race: (write|atomic operation) of 4 bytes at 'workspace' \+ 0 ", 2),
-    "past_tensor": (r"out of bounds: read of 4 bytes at 'input' \+ 256 \(of 256 bytes\), by thread \(63,0,0\) of block "
-                    r"\(0,0,0\), in kernel past_tensor, at wrong.cu:\d+$", 1),
-    "before_tensor": (r"out of bounds: read of 4 bytes at 'input' \+ -4 \(of 256 bytes\)", 1),
-    "vector_past_tensor": (r"out of bounds: write of 16 bytes at 'out' \+ \d+ \(of 256 bytes\)", 1),
-    "past_shared": (r"out of bounds: write of 4 bytes at 'shared memory' \+ 256 \(of 256 bytes\)", 1),
-    "memory_of_the_host": ("out of bounds: read of 4 bytes at address .* no memory of the device", 1),
-    "index_of_array": ("out of bounds: index 4 of an array", 1),
-    "unwritten_shared": (r"uninitialised: read of 4 bytes at 'shared memory' \+ 28 .* thread \(7,0,0\)", 1),
-    "unwritten_workspace": ("uninitialised: read of 4 bytes at 'workspace'", 1),
-    "copied_past_tensor": (r"out of bounds: read of 260 bytes at 'input' \+ 0 \(of 256 bytes\)", 1),
-    "divergent_block_barrier": (r"divergent barrier: of block \(0,0,0\) 63 wait at __syncthreads \(first: thread "
-                                r"\(0,0,0\)\), 1 have exited \(first: thread \(5,0,0\)\), in kernel divergent_block_barrier",
-                                1),
-    "two_kinds_of_barrier": ("divergent barrier: one __syncthreads has met another kind", 1),
-    "divergent_warp_barrier": ("divergent barrier: of block .* 32 wait at __syncthreads .* 32 wait for lanes", 1),
-    "divergent_grid_barrier": ("divergent barrier: of block .* 64 wait at the grid's barrier", 2),
-    "divergent_cluster_barrier": ("divergent barrier: of block .* 64 wait at the cluster's barrier", 2),
-    "endless_wait": ("divergent barrier: threads spin and nobody gets on", 1),
-    "mask_without_itself": ("a warp operation's mask must name the calling lane.* at wrong.cu", 1),
-    "misaligned_vector": ("misaligned: access as .*float4.* at an address that is 4 modulo 16.*wrong.cu", 1),
-    "write_to_input": (r"write of 4 bytes to the input 'input' \+ \d+", 1),
-    "integer_overflow": (r"undefined: signed overflow of \+", 1),
-}  # fmt: skip
+def test_an_older_device_has_no_clusters():
+    with pytest.raises(RuntimeError, match="this_cluster"):
+        runner.build(f"{KERNELS}/right.cu", arch=800)
+
+
+MISTAKES = {  # what the report must say
+    "no_block_barrier": (
+        r"race: read of 4 bytes at 'shared memory' \+ \d+ \(of 256 bytes\) without a barrier after its write "
+        r"by thread \(\d+,0,0\) of block \(0,0,0\) at wrong.cu:\d+, by thread"
+    ),
+    "no_barrier_before_next_write": r"race: write of 4 bytes at 'shared memory'.* after its read by thread",
+    "no_warp_barrier": "race: read of 4 bytes at 'shared memory'",
+    "shuffle_for_barrier": "race: read of 4 bytes at 'shared memory'",
+    "barrier_of_other_lanes": "race: read of 4 bytes at 'shared memory'",
+    "no_cluster_barrier": "race: read of 4 bytes at 'shared memory'",
+    "written_after_arrival": "race: read of 4 bytes at 'shared memory'",
+    "no_barrier_at_start": "lifetime: write of 4 bytes of shared memory of block .* it may not have started",
+    "no_barrier_at_exit": r"lifetime: (block \(\d,0,0\) exits without|read of .* which has exited)",
+    "other_cluster": "map_shared_rank must name a block of the cluster",
+    "no_grid_barrier": "race: read of 4 bytes at 'workspace'",
+    "grid_barrier_without_launch": "a barrier of the grid needs a cooperative launch",
+    "two_writers": r"race: write of 4 bytes at 'out' \+ 0 ",
+    "atomic_and_plain": r"race: (write|atomic operation) of 4 bytes at 'workspace' \+ 0 ",
+    "past_tensor": (
+        r"^out of bounds: read of 4 bytes at 'input' \+ 256 \(of 256 bytes\), by thread \(63,0,0\) of block "
+        r"\(0,0,0\), in kernel past_tensor, at wrong.cu:\d+$"
+    ),
+    "before_tensor": r"out of bounds: read of 4 bytes at 'input' \+ -4 \(of 256 bytes\)",
+    "vector_past_tensor": r"out of bounds: write of 16 bytes at 'out' \+ \d+ \(of 256 bytes\)",
+    "past_shared": r"out of bounds: write of 4 bytes at 'shared memory' \+ 256 \(of 256 bytes\)",
+    "memory_of_the_host": "out of bounds: read of 4 bytes at address .* no memory of the device",
+    "index_of_array": "out of bounds: index 4 of an array",
+    "unwritten_shared": r"uninitialised: read of 4 bytes at 'shared memory' \+ 28 .* thread \(7,0,0\)",
+    "unwritten_workspace": "uninitialised: read of 4 bytes at 'workspace'",
+    "copied_past_tensor": r"out of bounds: read of 260 bytes at 'input' \+ 0 \(of 256 bytes\)",
+    "divergent_block_barrier": (
+        r"of block \(0,0,0\) 63 wait at __syncthreads \(first: thread \(0,0,0\)\), 1 exited "
+        r"\(first: thread \(5,0,0\)\)"
+    ),
+    "two_kinds_of_barrier": "divergent barrier: one __syncthreads has met another kind",
+    "divergent_warp_barrier": "divergent barrier: of block .* 32 wait at __syncthreads .* 32 wait for lanes",
+    "divergent_grid_barrier": "divergent barrier: of block .* 64 wait at the grid's barrier",
+    "divergent_cluster_barrier": "divergent barrier: of block .* 64 wait at the cluster's barrier",
+    "endless_wait": "divergent barrier: threads spin and nobody gets on",
+    "mask_without_itself": "a warp operation's mask must name the calling lane.* at wrong.cu",
+    "misaligned_vector": "misaligned: access as .*float4.* at an address that is 4 modulo 16.*wrong.cu",
+    "write_to_input": r"write of 4 bytes to the input 'input' \+ \d+",
+    "integer_overflow": r"undefined: signed overflow of \+",
+}
+BLOCKS = {
+    "no_cluster_barrier": 2,
+    "written_after_arrival": 2,
+    "no_barrier_at_start": 2,
+    "no_barrier_at_exit": 2,
+    "other_cluster": 4,
+    "no_grid_barrier": 2,
+    "two_writers": 2,
+    "atomic_and_plain": 2,
+    "divergent_grid_barrier": 2,
+    "divergent_cluster_barrier": 2,
+}  # else 1
 
 
 def run_wrong(gpu, name, blocks=1, threads=64, count=None):
@@ -277,13 +304,12 @@ def run_wrong(gpu, name, blocks=1, threads=64, count=None):
 
 
 @orders
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes(wrong, name, order):
-    text, blocks = WRONG[name]
     with wrong.run(order=order) as gpu:
         with pytest.raises(runner.Fault) as fault:
-            run_wrong(gpu, name, blocks)
-        assert re.search(text, str(fault.value), re.MULTILINE), fault.value
+            run_wrong(gpu, name, BLOCKS.get(name, 1))
+        assert re.search(MISTAKES[name], str(fault.value), re.MULTILINE), fault.value
         assert str(fault.value).count("\n") < 8 and f"kernel {name}" in str(fault.value)
         gpu.check()  # told once
 

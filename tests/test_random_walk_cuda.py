@@ -103,6 +103,8 @@ CASES = {
     "a row": ("cluster", CLUSTERS, (1, 1, 1, 40), {}),
     "a pixel": ("cluster", CLUSTERS, (1, 2, 1, 1), {}),
     "a grid": ("grid", NO_CLUSTERS, (1, 2, 26, 31), {}),
+    "a grid of tall bands": ("grid", {**NO_CLUSTERS, "sm_count": 3}, (1, 1, 40, 31), {"steps": 9}),
+    "a cluster of tall bands": ("cluster", {"sm_count": 3}, (1, 1, 40, 31), {"steps": 9}),
     "a grid in rounds": ("grid", {**NO_CLUSTERS, "sm_count": 3}, (3, 6, 17, 46), {"steps": 9}),
     "a grid, float16 weights": ("grid", NO_CLUSTERS, (1, 1, 30, 37), {"tol": 1e-3}),
     "another radius": ("phases", CLUSTERS, (1, 2, 9, 12), {"radius": 3}),

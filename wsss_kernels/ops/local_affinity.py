@@ -8,6 +8,7 @@ from torch import Tensor
 from wsss_kernels import _check, _dispatch, reference
 from wsss_kernels.neighbours import check_radius, neighbour_count
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of DataType in csrc/local_affinity.h
 _AUTO = 0.0  # how "auto" travels through the op's float argument
 
 
@@ -65,7 +66,8 @@ def local_affinity(
         return reference.local_affinity(feats, radius, metric=metric, scale=scale, border=border)
     arguments = (radius, metric == "cosine", number, border == "cropped")
     if _dispatch.calls_directly(feats):
-        return _local_affinity_cpu(feats, *arguments)[0]
+        kernel = _local_affinity_cuda if feats.is_cuda else _local_affinity_cpu
+        return kernel(feats, *arguments)[0]
     return torch.ops.wsss_kernels.local_affinity(feats, *arguments)[0]
 
 
@@ -111,6 +113,54 @@ def _local_affinity_backward_cpu(
     return _dispatch.as_output(out, feats.dtype)
 
 
+def _local_affinity_cuda(
+    feats: Tensor, radius: int, cosine: bool, scale: float, cropped: bool
+) -> tuple[Tensor, Tensor]:
+    if _dispatch.gpu_kernel("local_affinity", feats.device.index)[0] == "triton":
+        from wsss_kernels.triton.local_affinity import local_affinity
+
+        return local_affinity(feats, radius, cosine, scale, cropped)
+    assert _dispatch.native is not None
+    batch, _, height, width = feats.shape
+    x = feats.resolve_neg().contiguous()  # float16 and bfloat16 as they are: half the bytes to read
+    out = x.new_empty(batch, neighbour_count(radius), height, width)
+    scales = x.new_empty(batch, dtype=torch.float32)
+    call = _dispatch.CudaCall(x)
+    arguments = (*x.shape, radius, cosine, scale, cropped, DTYPES.index(x.dtype))
+    workspace = call.workspace(_dispatch.native.local_affinity_cuda_workspace(*arguments, call.index))
+    _dispatch.native.local_affinity_cuda(
+        x.data_ptr(), out.data_ptr(), scales.data_ptr(), *arguments, workspace.data_ptr(), call.index, call.stream
+    )
+    return out, scales
+
+
+def _local_affinity_backward_cuda(
+    grad: Tensor,
+    feats: Tensor,
+    affinity: Tensor,
+    scales: Tensor,
+    radius: int,
+    cosine: bool,
+    scale: float,
+    cropped: bool,
+) -> Tensor:
+    if _dispatch.gpu_kernel("local_affinity_backward", feats.device.index)[0] == "triton":
+        from wsss_kernels.triton.local_affinity import local_affinity_backward
+
+        return local_affinity_backward(grad, feats, affinity, scales, radius, cosine, scale, cropped)
+    assert _dispatch.native is not None
+    grad, x, affinity = (tensor.resolve_neg().to(feats.dtype).contiguous() for tensor in (grad, feats, affinity))
+    out = torch.empty_like(x)
+    call = _dispatch.CudaCall(x)
+    arguments = (*x.shape, radius, cosine, scale, cropped, DTYPES.index(x.dtype))
+    workspace = call.workspace(_dispatch.native.local_affinity_backward_cuda_workspace(*arguments, call.index))
+    _dispatch.native.local_affinity_backward_cuda(
+        grad.data_ptr(), x.data_ptr(), affinity.data_ptr(), scales.data_ptr(), out.data_ptr(), *arguments,
+        workspace.data_ptr(), call.index, call.stream,
+    )  # fmt: skip
+    return out
+
+
 def _local_affinity_fake(
     feats: Tensor, radius: int, cosine: bool, scale: float, cropped: bool
 ) -> tuple[Tensor, Tensor]:
@@ -138,6 +188,8 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
 
 _dispatch.LIBRARY.impl("local_affinity", _local_affinity_cpu, "CPU")
 _dispatch.LIBRARY.impl("local_affinity_backward", _local_affinity_backward_cpu, "CPU")
+_dispatch.LIBRARY.impl("local_affinity", _local_affinity_cuda, "CUDA")
+_dispatch.LIBRARY.impl("local_affinity_backward", _local_affinity_backward_cuda, "CUDA")
 torch.library.register_fake("wsss_kernels::local_affinity", _local_affinity_fake, lib=_dispatch.LIBRARY)
 torch.library.register_fake(
     "wsss_kernels::local_affinity_backward", _local_affinity_backward_fake, lib=_dispatch.LIBRARY

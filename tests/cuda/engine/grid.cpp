@@ -88,7 +88,7 @@ void report_stuck() {
                                "wait for lanes of their warp",
                                "wait at the cluster's barrier",
                                "wait at the grid's barrier",
-                               "have exited"};
+                               "exited"};
   constexpr int kStates = 6;
   int blocks = 0;
   for (const Block& block : wave) {

@@ -77,14 +77,6 @@ struct TypeMismatch {
   }                                                                                                                    \
   HOOK __tsan_unaligned_volatile_write##bytes(void* address) {                                                         \
     cuda_on_cpu::check_volatile(address, bytes, cuda_on_cpu::kWrite, HERE);                                            \
-  }                                                                                                                    \
-  HOOK __tsan_read_write##bytes(void* address) {                                                                       \
-    cuda_on_cpu::check_aligned(address, bytes, cuda_on_cpu::kRead, HERE);                                              \
-    cuda_on_cpu::check_aligned(address, bytes, cuda_on_cpu::kWrite, HERE);                                             \
-  }                                                                                                                    \
-  HOOK __tsan_unaligned_read_write##bytes(void* address) {                                                             \
-    cuda_on_cpu::check(address, bytes, cuda_on_cpu::kRead, HERE);                                                      \
-    cuda_on_cpu::check(address, bytes, cuda_on_cpu::kWrite, HERE);                                                     \
   }
 SIZED_HOOKS(1)
 SIZED_HOOKS(2)
@@ -95,25 +87,22 @@ SIZED_HOOKS(16)
 HOOK __tsan_read_range(void* address, size_t bytes) { cuda_on_cpu::check(address, bytes, cuda_on_cpu::kRead, HERE); }
 HOOK __tsan_write_range(void* address, size_t bytes) { cuda_on_cpu::check(address, bytes, cuda_on_cpu::kWrite, HERE); }
 HOOK __tsan_init() {}
-HOOK __tsan_func_entry(void*) {}
-HOOK __tsan_func_exit() {}
-HOOK __tsan_vptr_read(void*) {}
 HOOK __tsan_vptr_update(void*, void*) {}
 
 // In sources, memcpy of a size known only at run time is an ordinary call; runner.py renames it to this.
 #define MEMORY(result) extern "C" __attribute__((visibility("hidden"))) result
 
-MEMORY(void*) __tsan_memcpy(void* to, const void* from, size_t bytes) {
+MEMORY(void*) cuda_on_cpu_memcpy(void* to, const void* from, size_t bytes) {
   cuda_on_cpu::check(from, bytes, cuda_on_cpu::kRead, HERE);
   cuda_on_cpu::check(to, bytes, cuda_on_cpu::kWrite, HERE);
   return std::memcpy(to, from, bytes);
 }
-MEMORY(void*) __tsan_memmove(void* to, const void* from, size_t bytes) {
+MEMORY(void*) cuda_on_cpu_memmove(void* to, const void* from, size_t bytes) {
   cuda_on_cpu::check(from, bytes, cuda_on_cpu::kRead, HERE);
   cuda_on_cpu::check(to, bytes, cuda_on_cpu::kWrite, HERE);
   return std::memmove(to, from, bytes);
 }
-MEMORY(void*) __tsan_memset(void* to, int value, size_t bytes) {
+MEMORY(void*) cuda_on_cpu_memset(void* to, int value, size_t bytes) {
   cuda_on_cpu::check(to, bytes, cuda_on_cpu::kWrite, HERE);
   return std::memset(to, value, bytes);
 }
@@ -162,4 +151,3 @@ OVERFLOW_HOOK(mul, "*")
 HOOK __ubsan_handle_negate_overflow(void*, uintptr_t) {
   cuda_on_cpu::undefined("undefined: signed overflow of a negation", HERE);
 }
-HOOK __ubsan_handle_load_invalid_value(void*, uintptr_t) {}

@@ -45,10 +45,10 @@ Region* region_at(const void* address);  // or null
 // Called for each access of a device thread that is not to its own stack.
 void touch(const void* address, size_t bytes, unsigned kind, const void* where);
 
-// The texts of what was found, a line each; {at 1f3} and {function 1f0} are addresses in
-// this library, one of an instruction after a call and one of a function.
+// The texts of what was found, a line each; {at 1f3} and {function 1f0} are addresses in this library, the one where a
+// call returns to, the other a function's.
 void report(const std::string& text, const void* where);
-void report_and_stop [[noreturn]](const std::string& text, const void* where);
+[[noreturn]] void report_and_stop(const std::string& text, const void* where);
 const std::string& reports();
 void forget_reports();
 uint32_t relative(const void* where);
