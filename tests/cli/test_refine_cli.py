@@ -107,6 +107,60 @@ def test_features_are_used_with_the_picture_as_guide(tmp_path, capsys):
     assert np.abs(files.read_maps(tmp_path / "maps" / "p01.npz")[1] - maps.numpy()).max() < 1e-3
 
 
+def test_a_chain_starts_on_the_features(tmp_path):
+    make_set(tmp_path, 1, feats=True)
+    more = ("--feats", f"{tmp_path}/feats", "--method", "affinity,image", "--maps")
+    picture = torch.from_numpy(files.read_picture(tmp_path / "images" / "p00.png")).permute(2, 0, 1)
+    cams = torch.from_numpy(files.read_maps(tmp_path / "cams" / "p00.npz")[1])
+    feats = torch.from_numpy(files.read_features(tmp_path / "feats" / "p00.npy"))
+    first = wk.refine_cams(cams, feats, guide=picture, size="guide")
+    for size, shape in (("image", (40, 56)), ("cams", (5, 6)), ("20x30", (20, 30))):
+        assert refine(tmp_path, *more, "--size", size, out=f"out-{size}") == 0
+        written = files.read_maps(tmp_path / f"out-{size}" / "p00.npz")[1]
+        assert written.shape == (2, *shape)
+        if size == "image":
+            expected = wk.refine_cams(first, picture, method="image", size="feats")
+            assert np.abs(written - expected.numpy()).max() < 1e-3
+
+
+def test_affinity_without_features_walks_on_colours(tmp_path):
+    make_set(tmp_path, 1)
+    assert refine(tmp_path, "--method", "affinity") == 0
+    assert refine(tmp_path, "--method", "image", out="other") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "other")
+
+
+def test_bands_beyond_three_are_walked_on(tmp_path):
+    """The object shows in the fifth band only."""
+    make_set(tmp_path, 1)
+    (tmp_path / "images" / "p00.png").unlink()
+    ys, xs = np.mgrid[:40, :56]
+    disc = (ys - 20) ** 2 + (xs - 28) ** 2 < (40 / 3) ** 2
+    bands = np.random.default_rng(0).normal(300, 2, (5, 40, 56)).astype(np.float32)
+    bands[4] += 40 * disc
+    np.save(tmp_path / "images" / "p00.npy", bands)
+    for more in ((), ("--tile", "48", "--overlap", "8")):
+        assert refine(tmp_path, *more, out=f"out{len(more)}") == 0
+        written = label(tmp_path / f"out{len(more)}" / "p00.png")
+        assert ((written == 5) & disc).sum() / ((written == 5) | disc).sum() > 0.85
+
+
+@pytest.mark.parametrize("tile, overlap", [(24, 8), (32, 16), (40, 0)])
+def test_tiles(tmp_path, tile, overlap):
+    """A picture of one tile is refined as without; of several, nearly as the whole."""
+    make_set(tmp_path, 4)
+    assert refine(tmp_path, "--maps") == 0
+    assert refine(tmp_path, "--maps", "--tile", "64", "--overlap", "8", out="one") == 0
+    assert refine(tmp_path, "--maps", "--tile", f"{tile}", "--overlap", f"{overlap}", out="many") == 0
+    for name in ("p00", "p01", "p02", "p03"):
+        whole, one, many = (files.read_maps(tmp_path / out / f"{name}.npz")[1] for out in ("out", "one", "many"))
+        assert np.abs(one - whole).max() < 2e-3
+        assert many.max() == 1 and many.shape == whole.shape
+        labels = [label(tmp_path / out / f"{name}.png") for out in ("out", "one", "many")]
+        assert (labels[0] == labels[1]).mean() > 0.995
+        assert (labels[0] == labels[2]).mean() > 0.9
+
+
 def test_batch_workers_and_shards_change_no_byte(tmp_path):
     make_set(tmp_path, 9)
     assert refine(tmp_path, "--maps", "--batch", "1", "--workers", "1") == 0
@@ -269,7 +323,10 @@ def test_symlinks_out_of_the_folders(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--method", "affinity"], "needs --feats"),
+        (["--method", "image,affinity", "--feats", "feats"], "must come first"),
+        (["--tile", "8"], "--tile must be at least 16"),
+        (["--tile", "64", "--overlap", "33"], "--overlap must be in 0..32"),
+        (["--tile", "64", "--overlap", "8", "--size", "cams"], "labels of the picture's size"),
         (["--method", "magic"], "method must be one of"),
         (["--method", ""], "method must be one of"),
         (["--background", "2"], "--background must be auto or a number"),
@@ -298,7 +355,7 @@ def test_wrong_folders(tmp_path, capsys):
     assert refine(tmp_path, "--maps", f"{tmp_path}/cams") == 2
     assert refine(tmp_path / "nowhere") == 2
     assert refine(tmp_path, "--feats", f"{tmp_path}/feats", "--method", "image") == 2
-    assert refine(tmp_path, "--feats", f"{tmp_path}/feats", "--method", "affinity,image") == 2
+    assert refine(tmp_path, "--feats", f"{tmp_path}/feats", "--tile", "256") == 2
     (tmp_path / "file").write_bytes(b"")
     assert refine(tmp_path, out="file") == 2
     assert capsys.readouterr().err.count("wsss refine: error: ") == 7

@@ -49,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one .npz a picture: class_ids int [k] (1..254), cams float [k, h, w], upright as the picture",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="label PNGs (VOC palette) go here")
-    add("--method", metavar="NAME[,NAME]", help='or several in turn; default: "affinity" with --feats, else "image"')
+    add(
+        "--method",
+        default="affinity",
+        metavar="NAME[,NAME]",
+        help="or several in turn; affinity (the default) walks on --feats or, without them, on the picture's colours",
+    )
     add(
         "--feats",
         type=Path,
@@ -83,6 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPU: pictures in work at the same time; GPU: threads that read and write; default: the cores, at most 16",
     )
+    add("--tile", type=int, metavar="N", help="refine pictures larger than N x N in tiles of that size (1024 is good)")
+    add("--overlap", type=int, default=128, metavar="N", help="pixels two neighbouring tiles share, blended (128)")
     add("--strict", action="store_true", help="stop at the first picture that fails instead of finishing the rest")
 
 
@@ -99,6 +106,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
     maps_root = _folders(arguments)
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused with a message of our own
+    if settings.tile is not None:
+        Image.MAX_IMAGE_PIXELS = None  # large pictures are meant; read_picture has a limit of its own
+        arguments.workers = 1  # a picture at a time, all threads at its tiles
 
     start = time.monotonic()
     pictures = list_files(arguments.images, files.PICTURE_SUFFIXES)
@@ -113,7 +123,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(_announcement(settings, len(names), device), flush=True)
 
     tally = Tally()
-    with Progress(len(names)) as progress, ThreadPoolExecutor(arguments.workers) as pool, _threads_of_torch(device):
+    one_each = device.type == "cpu" and settings.tile is None
+    with Progress(len(names)) as progress, ThreadPoolExecutor(arguments.workers) as pool, _threads_of_torch(one_each):
         failed = Failures(progress, arguments.strict, tally)
         pending: deque[Work] = deque()
         try:
@@ -141,10 +152,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _threads_of_torch(device: torch.device) -> Iterator[None]:
+def _threads_of_torch(one_each: bool) -> Iterator[None]:
     """On a CPU one thread a picture, and a picture for every core: nothing waits for anything, whatever else runs."""
     before = torch.get_num_threads()
-    if device.type == "cpu":
+    if one_each:
         torch.set_num_threads(1)
     try:
         yield
@@ -190,20 +201,22 @@ def _or_usage_error(parse: Callable[[A], B], value: A) -> B:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    default = "image" if arguments.feats is None else "affinity"
-    method = tuple(word.strip() for word in (default if arguments.method is None else arguments.method).split(","))
-    on_features = "affinity" in method
-    if on_features and arguments.feats is None:
-        raise UsageError('method "affinity" needs --feats DIR; for pictures alone use --method image')
-    if on_features and len(method) > 1:
-        raise UsageError('method "affinity" uses the picture as guide already and takes no other method in turn')
-    if arguments.feats is not None and not on_features:
-        raise UsageError(f'--feats is used by method "affinity" only, got --method {arguments.method}')
+    method = tuple(word.strip() for word in arguments.method.split(","))
+    if arguments.feats is None:  # the affinity of the picture's own colours
+        method = tuple("image" if word == "affinity" else word for word in method)
+    elif method[0] != "affinity":
+        raise UsageError(
+            f'--feats is for the method "affinity", which must come first, got --method {arguments.method}'
+        )
     try:
         probe = torch.full((3, 4, 4), 9, dtype=torch.uint8)
-        wk.refine_cams(torch.ones(1, 4, 4), probe.float() if on_features else probe, method=method)
+        wk.refine_cams(torch.ones(1, 4, 4), probe, method=tuple("image" if m == "affinity" else m for m in method))
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
+    if "affinity" in method[1:]:
+        raise UsageError(
+            f'method "affinity" takes the features, so it must come first, got --method {arguments.method}'
+        )
     background = arguments.background
     if background != "auto":
         try:
@@ -218,7 +231,17 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         if not (height.isdecimal() and width.isdecimal() and int(height) * int(width)):
             raise UsageError(f"--size must be image, cams or HxW such as 375x500, got {size!r}")
         size = (int(height), int(width))
-    return Settings(method, on_features, background, size)
+    tile, overlap = arguments.tile, arguments.overlap
+    if tile is not None:
+        if tile < 16:
+            raise UsageError(f"--tile must be at least 16 pixels, got {tile}")
+        if not 0 <= overlap <= tile // 2:
+            raise UsageError(f"--overlap must be in 0..{tile // 2}, half of --tile, got {overlap}")
+        if arguments.feats is not None:
+            raise UsageError("--tile cuts the picture; with --feats it is refined whole, on the features' own grid")
+        if size != "image":
+            raise UsageError(f"--tile writes labels of the picture's size, got --size {arguments.size}")
+    return Settings(method, arguments.feats is not None, background, size, tile, overlap if tile is not None else 0)
 
 
 def _device(name: str) -> torch.device:
@@ -295,7 +318,7 @@ def _whole_pictures(
     """A picture is read, refined and written by one thread."""
 
     def process(job: Job) -> bool:
-        item = read(job, num_classes)
+        item = read(job, num_classes, settings)
         write(*refine_together([item], settings, torch.device("cpu"))[0])
         return item.negative
 
@@ -317,18 +340,20 @@ def _batched(
         write(*refined)
         return item.negative
 
-    items = _read_ahead(pool, jobs, arguments.num_classes, 2 * arguments.batch, failed)
+    items = _read_ahead(pool, jobs, settings, arguments.num_classes, 2 * arguments.batch, failed)
     while batch := list(islice(items, arguments.batch)):
         for item, refined in _refine(batch, settings, device, failed):
             yield item.job, pool.submit(save, item, refined)
 
 
 def _read_ahead(
-    pool: ThreadPoolExecutor, jobs: Iterator[Job], num_classes: int, depth: int, failed: Failures
+    pool: ThreadPoolExecutor, jobs: Iterator[Job], settings: Settings, num_classes: int, depth: int, failed: Failures
 ) -> Iterator[Item]:
     waiting: deque[tuple[Job, Future[Item]]] = deque()
     while True:
-        waiting.extend((job, pool.submit(read, job, num_classes)) for job in islice(jobs, depth - len(waiting)))
+        waiting.extend(
+            (job, pool.submit(read, job, num_classes, settings)) for job in islice(jobs, depth - len(waiting))
+        )
         if not waiting:
             return
         job, future = waiting.popleft()
