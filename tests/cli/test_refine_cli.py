@@ -161,6 +161,21 @@ def test_tiles(tmp_path, tile, overlap):
         assert (labels[0] == labels[2]).mean() > 0.9
 
 
+def test_sheet(tmp_path, capsys):
+    make_set(tmp_path, 3)
+    (tmp_path / "images" / "p01.png").write_bytes(b"")
+    np.savez(tmp_path / "cams" / "p02.npz", class_ids=np.zeros(0, dtype=int), cams=np.zeros((0, 5, 6)))
+    more = ("--sheet", f"{tmp_path}/sheet.png", "--compare", "image,image", "--compare", "affinity")
+    assert refine(tmp_path, *more) == 1
+    assert "2 pictures on the sheet" in capsys.readouterr().out
+    with Image.open(tmp_path / "sheet.png") as page:
+        assert page.width == 14 + 4 * (320 + 14)  # photograph, seed, image, image + image; affinity is image here
+        colours = {colour for _, colour in page.convert("RGB").getcolors(1 << 24)}
+    assert tuple(files.voc_palette()[5]) in colours  # the outline of class 5
+    assert refine(tmp_path, *more) == 1  # nothing left to refine, and the sheet again
+    assert "2 pictures on the sheet" in capsys.readouterr().out
+
+
 def test_batch_workers_and_shards_change_no_byte(tmp_path):
     make_set(tmp_path, 9)
     assert refine(tmp_path, "--maps", "--batch", "1", "--workers", "1") == 0
@@ -324,6 +339,8 @@ def test_symlinks_out_of_the_folders(tmp_path, capsys):
     ("more", "words"),
     [
         (["--method", "image,affinity", "--feats", "feats"], "must come first"),
+        (["--compare", "image"], "give --sheet FILE too"),
+        (["--sheet", "s.png", "--compare", "magic"], "method must be one of"),
         (["--tile", "8"], "--tile must be at least 16"),
         (["--tile", "64", "--overlap", "33"], "--overlap must be in 0..32"),
         (["--tile", "64", "--overlap", "8", "--size", "cams"], "labels of the picture's size"),

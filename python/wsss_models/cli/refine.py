@@ -23,6 +23,7 @@ import wsss_kernels as wk
 from wsss_models.cli.main import DONE, SOME_FAILED, UsageError
 from wsss_models.cli.progress import Progress
 from wsss_models.cli.refine_jobs import Item, Job, Refined, Settings, read, refine_together, write
+from wsss_models.cli.refine_sheet import ROWS, write_sheet
 from wsss_models.data import files
 from wsss_models.data.artefacts import remove_stale, shown
 from wsss_models.data.folder import inside, list_files, parse_shard, read_ids, shard
@@ -30,6 +31,7 @@ from wsss_models.data.folder import inside, list_files, parse_shard, read_ids, s
 A = TypeVar("A")
 B = TypeVar("B")
 Work = tuple[Job, "Future[bool]"]  # done when the picture is written; its result: were there negative scores
+COMPARED = (("image",),)  # on a sheet, beside the method asked for
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 _OF_THE_PICTURE = (ValueError, TypeError, RuntimeError, OSError, MemoryError)  # name it and go on
 
@@ -90,6 +92,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--tile", type=int, metavar="N", help="refine pictures larger than N x N in tiles of that size (1024 is good)")
     add("--overlap", type=int, default=128, metavar="N", help="pixels two neighbouring tiles share, blended (128)")
+    add(
+        "--sheet",
+        type=Path,
+        metavar="FILE",
+        help=f"also write a picture: {ROWS} of them, seed and methods side by side",
+    )
+    add(
+        "--compare",
+        action="append",
+        metavar="NAME[,NAME]",
+        help="a method, or several in turn, on the sheet beside --method; may be given several times; default: "
+        + " ".join(",".join(chain) for chain in COMPARED),
+    )
     add("--strict", action="store_true", help="stop at the first picture that fails instead of finishing the rest")
 
 
@@ -104,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name in ("batch", "workers", "num_classes"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    chains = _compared(arguments, settings)
     maps_root = _folders(arguments)
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused with a message of our own
     if settings.tile is not None:
@@ -146,6 +162,8 @@ def run(arguments: argparse.Namespace) -> int:
             finished = [f for _, f in pending if not f.cancelled() and f.exception() is None]
             tally.written += len(finished)
     print(f"{tally} in {time.monotonic() - start:.1f} s; labels in {shown(arguments.out)}")
+    if arguments.sheet is not None:
+        _draw(arguments, names, pictures, settings, chains, device)
     if tally.negative:
         print(f"{tally.negative} with negative scores, which count as 0 (if these are logits, their ReLU is meant)")
     return SOME_FAILED if tally.failed else DONE
@@ -201,18 +219,14 @@ def _or_usage_error(parse: Callable[[A], B], value: A) -> B:
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:
-    method = tuple(word.strip() for word in arguments.method.split(","))
+    method = _chain(arguments.method)
     if arguments.feats is None:  # the affinity of the picture's own colours
         method = tuple("image" if word == "affinity" else word for word in method)
     elif method[0] != "affinity":
         raise UsageError(
             f'--feats is for the method "affinity", which must come first, got --method {arguments.method}'
         )
-    try:
-        probe = torch.full((3, 4, 4), 9, dtype=torch.uint8)
-        wk.refine_cams(torch.ones(1, 4, 4), probe, method=tuple("image" if m == "affinity" else m for m in method))
-    except (TypeError, ValueError) as error:
-        raise UsageError(str(error)) from None
+    _check_chain(tuple("image" if word == "affinity" else word for word in method))
     if "affinity" in method[1:]:
         raise UsageError(
             f'method "affinity" takes the features, so it must come first, got --method {arguments.method}'
@@ -242,6 +256,33 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         if size != "image":
             raise UsageError(f"--tile writes labels of the picture's size, got --size {arguments.size}")
     return Settings(method, arguments.feats is not None, background, size, tile, overlap if tile is not None else 0)
+
+
+def _chain(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(","))
+
+
+def _check_chain(chain: tuple[str, ...]) -> None:
+    """On a picture of a few pixels: the engine itself says what it takes."""
+    try:
+        wk.refine_cams(torch.ones(1, 4, 4), torch.full((3, 4, 4), 9, dtype=torch.uint8), method=chain)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from None
+
+
+def _compared(arguments: argparse.Namespace, settings: Settings) -> list[tuple[str, ...]]:
+    """The chains of a sheet beside the one asked for."""
+    if arguments.sheet is None:
+        if arguments.compare:
+            raise UsageError("--compare names what is on the sheet: give --sheet FILE too")
+        return []
+    if arguments.sheet.is_dir():
+        raise UsageError(f"--sheet must be a file, got the folder {shown(arguments.sheet)}")
+    chains = [_chain(text) for text in arguments.compare or []]
+    chains = [tuple("image" if word == "affinity" else word for word in chain) for chain in chains]
+    for chain in chains:
+        _check_chain(chain)
+    return [chain for chain in chains or COMPARED if settings.uses_features or chain != settings.method]
 
 
 def _device(name: str) -> torch.device:
@@ -287,29 +328,56 @@ def _jobs(
     """What is left to do."""
     for name in names:
         try:
-            inside(arguments.images, name, "")
-            found = pictures.get(name, [])
-            if len(found) != 1:
-                many = f"{len(found)} pictures of this name: {', '.join(shown(p.name) for p in found)}"
-                raise ValueError(many if found else f"no picture of this name in {shown(arguments.images)}")
-            picture = inside(arguments.images, name, found[0].suffix)
-            cams = inside(arguments.cams, name, ".npz")
-            feats = None
-            if arguments.feats is not None:
-                feats = inside(arguments.feats, name, ".npy")
-                feats = feats if feats.exists() else inside(arguments.feats, name, ".npz")
-            label = inside(arguments.out, name, ".png")
-            maps = None if maps_root is None else inside(maps_root, name, ".npz")
+            job = _job(name, pictures.get(name, []), arguments, maps_root, settings)
         except (ValueError, OSError) as error:
             failed(name, error)
             continue
-        inputs = [files.fingerprint(path) for path in (picture, cams, feats) if path is not None]
-        job = Job(name, picture, cams, feats, label, maps, settings.text(inputs))
         if job.is_done():
             tally.kept += 1
             failed.progress.add()
         else:
             yield job
+
+
+def _job(
+    name: str, found: list[Path], arguments: argparse.Namespace, maps_root: Path | None, settings: Settings
+) -> Job:
+    inside(arguments.images, name, "")
+    if len(found) != 1:
+        many = f"{len(found)} pictures of this name: {', '.join(shown(p.name) for p in found)}"
+        raise ValueError(many if found else f"no picture of this name in {shown(arguments.images)}")
+    picture = inside(arguments.images, name, found[0].suffix)
+    cams = inside(arguments.cams, name, ".npz")
+    feats = None
+    if arguments.feats is not None:
+        feats = inside(arguments.feats, name, ".npy")
+        feats = feats if feats.exists() else inside(arguments.feats, name, ".npz")
+    label = inside(arguments.out, name, ".png")
+    maps = None if maps_root is None else inside(maps_root, name, ".npz")
+    inputs = [files.fingerprint(path) for path in (picture, cams, feats) if path is not None]
+    return Job(name, picture, cams, feats, label, maps, settings.text(inputs))
+
+
+def _draw(
+    arguments: argparse.Namespace,
+    names: list[str],
+    pictures: dict[str, list[Path]],
+    settings: Settings,
+    chains: list[tuple[str, ...]],
+    device: torch.device,
+) -> None:
+    """The sheet; what could not be refined has been named before."""
+    jobs = []
+    for name in names[:ROWS]:
+        with contextlib.suppress(ValueError, OSError):
+            jobs.append(_job(name, pictures.get(name, []), arguments, None, settings))
+    try:
+        drawn = write_sheet(arguments.sheet, jobs, settings, chains, arguments.num_classes, device)
+    except OSError as error:
+        raise UsageError(
+            f"--sheet must be a file that can be written, got {shown(arguments.sheet)} ({error})"
+        ) from None
+    print(f"{drawn} pictures on the sheet {shown(arguments.sheet)}")
 
 
 def _whole_pictures(
