@@ -1,6 +1,5 @@
 """`wsss refine`: what it writes, what it refuses, and what a crash leaves behind."""
 
-import argparse
 import errno
 import itertools
 import os
@@ -15,10 +14,9 @@ import torch
 
 pytest.importorskip("PIL")
 from PIL import Image
+from wsss_models.cli import pictures, refine_jobs
 from wsss_models.cli import refine as module
-from wsss_models.cli import refine_jobs
 from wsss_models.cli.main import main
-from wsss_models.cli.progress import Progress
 from wsss_models.data import artefacts, files
 
 import wsss_kernels as wk
@@ -272,17 +270,17 @@ def test_one_culprit_in_a_batch_does_not_take_the_others_along(tmp_path, capsys,
             raise RuntimeError("out of memory")
         return refine_jobs.refine_together(batch, *rest)
 
-    def in_batches(pool, jobs, settings, num_classes):
-        arguments = argparse.Namespace(batch=4, num_classes=num_classes)
-        failed = module.Failures(Progress(6), False, tallies[-1])
-        return module._batched(pool, jobs, settings, arguments, torch.device("cpu"), failed)
+    class OnCpu:  # what the engine is given; the launcher sees another device
+        type = "gpu"
 
-    tallies = []
-    tally = module.Tally
-    monkeypatch.setattr(module, "Tally", lambda: tallies.append(tally()) or tallies[-1])
+    def as_on_a_gpu(pool, jobs, settings, arguments, device, failed):
+        return batched(pool, jobs, settings, arguments, torch.device("cpu"), failed)
+
+    batched = module._batched
+    monkeypatch.setattr(pictures, "torch_device", lambda name: OnCpu())
+    monkeypatch.setattr(module, "_batched", as_on_a_gpu)
     monkeypatch.setattr(module, "refine_together", fails_on_p03)
-    monkeypatch.setattr(module, "_whole_pictures", in_batches)
-    assert refine(tmp_path) == 1
+    assert refine(tmp_path, "--batch", "4") == 1
     captured = capsys.readouterr()
     assert "failed: p03: out of memory" in captured.err
     assert "5 written, 1 failed" in captured.out
@@ -461,7 +459,7 @@ def test_interrupt(tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_finish", interrupted)
+    monkeypatch.setattr(pictures, "finish", interrupted)
     assert refine(tmp_path) == 130
     assert "continues where it stopped" in capsys.readouterr().err
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from wsss_kernels.colour import average_to, grid_size
+from wsss_models.cli.pictures import Job
 from wsss_models.data import files
-from wsss_models.data.artefacts import npz_settings, png_settings
 from wsss_models.data.bands import as_rgb
 from wsss_models.tiles import refine_tiles
 
@@ -50,23 +49,6 @@ class Settings:
             "inputs": inputs,
         }
         return json.dumps(values, sort_keys=True)
-
-
-@dataclass(frozen=True)
-class Job:
-    name: str
-    picture: Path
-    cams: Path
-    feats: Path | None
-    label: Path
-    maps: Path | None
-    settings: str
-
-    def is_done(self) -> bool:
-        """Complete, undamaged, and made from these inputs with these settings."""
-        if png_settings(self.label) != self.settings:
-            return False
-        return self.maps is None or npz_settings(self.maps) == self.settings
 
 
 @dataclass

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 import wsss_kernels as wk
-from wsss_models.cli.refine_jobs import Job, Settings, read, refine_together
+from wsss_models.cli.pictures import Job
+from wsss_models.cli.refine_jobs import Settings, read, refine_together
 from wsss_models.data.artefacts import shown, write_atomically
 from wsss_models.data.palette import voc_palette
 from wsss_models.visualise import Row, overlay_label, overlay_maps, sheet
