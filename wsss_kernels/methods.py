@@ -13,6 +13,7 @@ from wsss_kernels.colour import check_picture, grid_size, walk_features
 from wsss_kernels.ops import local_affinity, random_walk
 
 Size = tuple[int, int]
+Reader = Callable[[str, Any, bool], Any]  # name, argument, whether of a single image -> the argument with a batch
 
 # What a published pipeline sets: (method, background, options).
 PRESETS: dict[str, tuple[str, float, dict[str, Any]]] = {
@@ -25,14 +26,37 @@ PRESETS: dict[str, tuple[str, float, dict[str, Any]]] = {
 }
 
 
+def batched_maps(name: str, value: Any, single: bool) -> Tensor:
+    """[B, D, h, w], from [D, h, w] where there is a single image."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, as cams is, got {_check.describe(value)}")
+    if single and value.dim() == 3:
+        value = value.unsqueeze(0)
+    if value.dim() != 4:
+        shape = "[D, h, w]" if single else "[B, D, h, w]"
+        raise ValueError(f"{name} must be {shape}, as cams is, got {_check.describe(value)}")
+    if len(value) and 0 in value.shape[-2:]:
+        raise ValueError(f"{name} must have at least one pixel, got {_check.describe(value)}")
+    return value
+
+
 @dataclass(frozen=True)
 class Stage:
-    """One refinement: where it works and what it does there."""
+    """One refinement: what it works on, where, and what it does there.
 
-    check: Callable[[str, Tensor], None]
-    grid: Callable[[Tensor, dict[str, Any]], Size]
-    run: Callable[[Tensor, Tensor, Size, dict[str, Any]], Tensor]  # maps on the grid, feats, grid, options
-    options: dict[str, Any]
+    Its input is the argument of `refine_cams` that `reads` names, with a batch: a tensor [B, ...], or a list of one
+    tensor an image. Its maps come without the classes that no image has; an image with fewer than the others ends in
+    maps of zeros.
+    """
+
+    check: Callable[[str, Any], None]  # name and input
+    grid: Callable[[Tensor, Any, dict[str, Any]], Size]  # maps, input, options
+    run: Callable[[Tensor, Any, Size, dict[str, Any]], Tensor]  # maps on the grid, input, grid, options
+    options: dict[str, Any]  # and their defaults
+    reads: str = "feats"
+    batched: Reader = batched_maps
+    check_options: Callable[[dict[str, Any]], None] = lambda given: None  # those that its ops do not check
+    background: float | None = None  # where the maps compete: alpha of the map to run against unless the caller has one
 
 
 # Steps at a grid of 128 of: a walk on features, a walk on colours (240 and 256 are equally good on most photographs,
@@ -65,11 +89,11 @@ def _run_guide(maps: Tensor, picture: Tensor, grid: Size, o: dict[str, Any]) -> 
     return _walk(maps, walk_features(picture, grid).to(maps.dtype), "guide", grid, o)
 
 
-def _feature_grid(feats: Tensor, _: dict[str, Any]) -> Size:
+def _feature_grid(_: Tensor, feats: Tensor, o: dict[str, Any]) -> Size:
     return feats.shape[-2], feats.shape[-1]
 
 
-def _image_grid(picture: Tensor, o: dict[str, Any]) -> Size:
+def _image_grid(_: Tensor, picture: Tensor, o: dict[str, Any]) -> Size:
     height, width = picture.shape[-2:]
     return grid_size(height, width, o["grid"])
 
@@ -78,13 +102,26 @@ def _check_features(name: str, feats: Tensor) -> None:
     _check.tensor(name, feats, "B D h w")
 
 
+def _check_walk(options: dict[str, Any]) -> None:
+    if isinstance(options["steps"], str):
+        _check.choice("steps", options["steps"], ("auto",))
+
+
+def _check_image_walk(options: dict[str, Any]) -> None:
+    _check_walk(options)
+    _check.whole("grid", options["grid"], "a whole number of pixels >= 1 (long side)", least=1)
+
+
 _WALK = {"radius": 5, "border": "full", "beta": 8.0, "steps": "auto", "solver": "auto", "tol": 1e-4}
 _IMAGE = {**_WALK, "scale": 1.0, "grid": 128}
-METHODS = {  # with their default options
-    "affinity": Stage(_check_features, _feature_grid, _run_affinity, {**_WALK, "metric": "l1", "scale": "auto"}),
-    "image": Stage(check_picture, _image_grid, _run_image, _IMAGE),
-}
-GUIDE = Stage(check_picture, _image_grid, _run_guide, _IMAGE)  # follows a walk on features
+METHODS = {
+    "affinity": Stage(
+        _check_features, _feature_grid, _run_affinity, {**_WALK, "metric": "l1", "scale": "auto"},
+        check_options=_check_walk,
+    ),
+    "image": Stage(check_picture, _image_grid, _run_image, _IMAGE, check_options=_check_image_walk),
+}  # fmt: skip
+GUIDE = Stage(check_picture, _image_grid, _run_guide, _IMAGE, reads="guide")  # follows the methods
 
 
 def stages_of(method: str | tuple[str, ...], given: dict[str, Any]) -> list[Stage]:
@@ -98,9 +135,9 @@ def stages_of(method: str | tuple[str, ...], given: dict[str, Any]) -> list[Stag
     unknown = sorted(set(given) - valid)
     if unknown:
         raise TypeError(f"{unknown[0]} is no option of method={method!r}, which has {', '.join(sorted(valid))}")
-    if "steps" in given and isinstance(given["steps"], str):
-        _check.choice("steps", given["steps"], ("auto",))
-    if "grid" in given:
-        _check.whole("grid", given["grid"], "a whole number of pixels >= 1 (long side)", least=1)
-    stages = (METHODS[name] for name in names)
-    return [replace(s, options={key: given.get(key, default) for key, default in s.options.items()}) for s in stages]
+    stages = []
+    for stage in (METHODS[name] for name in names):
+        options = {key: given.get(key, default) for key, default in stage.options.items()}
+        stage.check_options(options)
+        stages.append(replace(stage, options=options))
+    return stages

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wsss_kernels import _check
-from wsss_kernels.colour import average_to, check_picture
-from wsss_kernels.methods import GUIDE, PRESETS, Size, Stage, stages_of
+from wsss_kernels.colour import average_to
+from wsss_kernels.methods import GUIDE, PRESETS, Reader, Size, Stage, stages_of
 
 NORMALIZATIONS = ("image", "class", None)
 
@@ -89,9 +89,19 @@ def refine_cams(
     stages = stages_of(method, method_options)
     _check_normalize(normalize)
     _check_size(size)
+    given = {"feats": feats, "labels": labels, "guide": guide}
+    if guide is not None:
+        stages.append(GUIDE)
+    readers: dict[str, Reader] = {"labels": _batched_labels}
+    for stage in stages:
+        readers.setdefault(stage.reads, stage.batched)
+        if stage.reads in stage.options:
+            given[stage.reads] = stage.options[stage.reads]
+    if labels is None:
+        del readers["labels"]
     if isinstance(cams, Tensor):
-        return _refine_tensor(cams, feats, labels, guide, background, stages, size, normalize)
-    return _refine_list(cams, feats, labels, guide, background, stages, size, normalize)
+        return _refine_tensor(cams, given, readers, background, stages, size, normalize)
+    return _refine_list(cams, given, readers, background, stages, size, normalize)
 
 
 def _check_normalize(normalize: object) -> None:
@@ -110,10 +120,9 @@ def _check_size(size: object) -> None:
 
 
 def _refine_list(
-    cams: Sequence[Tensor],
-    feats: Any,
-    labels: Any,
-    guide: Any,
+    cams: Any,
+    given: dict[str, Any],
+    readers: dict[str, Reader],
     background: Any,
     stages: list[Stage],
     size: str | Size | None,
@@ -123,38 +132,36 @@ def _refine_list(
     if not isinstance(cams, (list, tuple)):
         raise TypeError(f"cams must be a tensor [B, C, H, W] or [C, H, W], or a list, got {_check.describe(cams)}")
     count = len(cams)
-    lists = {"cams": cams, "feats": feats, "labels": labels, "guide": guide}
-    lists = {name: value for name, value in lists.items() if value is not None or name == "feats"}
-    for name, value in lists.items():
+    for name, value in (("cams", cams), *((name, given[name]) for name in readers)):
         if isinstance(value, Tensor) or not isinstance(value, Sequence) or len(value) != count:
             raise TypeError(f"{name} must be a list of {count} tensors, as cams is, got {_describe_list(value)}")
     alphas = _per_image(background, count)
+    images: list[dict[str, Any]] = []
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i in range(count):
-        for name, value in lists.items():
-            if not isinstance(value[i], Tensor):
-                raise TypeError(f"{name}[{i}] must be a tensor, got {_check.describe(value[i])}")
         _check.tensor(f"cams[{i}]", cams[i], "C H W")
-        key = tuple((value[i].shape, value[i].dtype, value[i].device) for value in lists.values())
-        groups.setdefault(key, []).append(i)
-
-    def refine(indices: list[int]) -> list[Tensor]:
-        def batch(name: str) -> Tensor | None:
-            if name not in lists:
-                return None
-            chosen = [lists[name][i] for i in indices]
-            return chosen[0].unsqueeze(0) if len(chosen) == 1 else torch.stack(chosen)
-
-        alpha = None if alphas is None else [alphas[i] for i in indices]
-        first = batch("cams")
-        assert first is not None
-        refined = _refine_tensor(first, batch("feats"), batch("labels"), batch("guide"), alpha, stages, size, normalize)
-        return list(refined.unbind())
-
+        image = {name: reader(f"{name}[{i}]", given[name][i], True) for name, reader in readers.items()}
+        images.append({"cams": cams[i].unsqueeze(0), **image})
+        groups.setdefault(tuple(map(_kind, images[i].values())), []).append(i)
     results: dict[int, Tensor] = {}
     for indices in groups.values():
-        results.update(zip(indices, refine(indices), strict=True))
+        inputs = {name: _joined([images[i][name] for i in indices]) for name in images[indices[0]]}
+        alpha = None if alphas is None else [alphas[i] for i in indices]
+        refined = _refine_batch(inputs.pop("cams"), inputs, alpha, stages, size, normalize)
+        results.update(zip(indices, refined.unbind(), strict=True))
     return [results[i] for i in range(count)]
+
+
+def _kind(value: Any) -> tuple[Any, ...]:
+    """What images must agree on to go through together."""
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else tuple(map(_kind, value))
+
+
+def _joined(values: list[Any]) -> Any:
+    """The batch of these, each a batch of one."""
+    if len(values) == 1:
+        return values[0]
+    return torch.cat(values) if isinstance(values[0], Tensor) else [item for value in values for item in value]
 
 
 def _describe_list(value: object) -> str:
@@ -178,9 +185,8 @@ def _per_image(background: Any, count: int) -> list[float] | None:
 
 def _refine_tensor(
     cams: Tensor,
-    feats: Any,
-    labels: Any,
-    guide: Any,
+    given: dict[str, Any],
+    readers: dict[str, Reader],
     background: Any,
     stages: list[Stage],
     size: str | Size | None,
@@ -190,65 +196,77 @@ def _refine_tensor(
     _check.tensor("cams", cams, "C H W" if single else "B C H W")
     if single:
         cams = cams.unsqueeze(0)
+    inputs = {name: reader(name, given[name], single) for name, reader in readers.items()}
+    alphas = _per_image(background, len(cams))
+    refined = _refine_batch(cams, inputs, alphas, stages, size, normalize)
+    return refined[0] if single else refined
+
+
+def _refine_batch(
+    cams: Tensor,
+    inputs: dict[str, Any],
+    alphas: list[float] | None,
+    stages: list[Stage],
+    size: str | Size | None,
+    normalize: str | None,
+) -> Tensor:
     batch, channels = cams.shape[:2]
-    feats = _with_batch("feats", feats, single, 4)
-    guide = None if guide is None else _with_batch("guide", guide, single, 4)
     for stage in stages:
-        stage.check("feats", feats)
-    if guide is not None:
-        check_picture("guide", guide)
-    for name, value in (("feats", feats), ("guide", guide)):
-        if value is not None and value.shape[0] != batch:
-            raise ValueError(f"{name} must have the batch of cams ({batch}), got {_check.describe(value)}")
-        if value is not None:
-            _check.same_device("cams", cams, name, value)
-            if batch and 0 in value.shape[-2:]:
-                raise ValueError(f"{name} must have at least one pixel, got {_check.describe(value)}")
-    if labels is not None:
-        labels = _with_batch("labels", labels, single, 2)
-        if labels.dtype != torch.bool or labels.shape != (batch, channels):
-            raise (TypeError if labels.dtype != torch.bool else ValueError)(
-                f"labels must be a bool tensor [B, C] = {[batch, channels]} of the classes present, "
-                f"got {_check.describe(labels)}"
-            )
-    alphas = _per_image(background, batch)
-    target = _target_size(size, cams, feats, guide)
+        stage.check(stage.reads, inputs[stage.reads])
+    labels = inputs.get("labels")
+    if labels is not None and labels.shape != (batch, channels):
+        raise ValueError(
+            f"labels must be a bool tensor [B, C] = {[batch, channels]} of the classes present, "
+            f"got {_check.describe(labels)}"
+        )
+    for name, value in inputs.items():
+        if len(value) != batch:
+            raise ValueError(f"{name} must have the batch of cams ({batch}), got {_describe_batch(value)}")
+        for tensor in (value,) if isinstance(value, Tensor) else value:
+            if name != "labels":
+                _check.same_device("cams", cams, name, tensor)
+    target = _target_size(size, cams, inputs, stages)
 
     maps = _without_negative(cams if cams.dtype == torch.float64 else cams.float())
-    maps, positions = _present(maps, labels)
+    maps, positions, present = _present(maps, labels)
     if alphas is not None:
         maps = torch.cat([_background_map(maps, alphas), maps], dim=1)
     for stage in stages:
-        maps = _run(stage, maps, feats)
-    if guide is not None:
-        maps = _run(GUIDE, maps, guide)
+        maps = _run(stage, maps, inputs[stage.reads], alphas is not None, present)
     maps = _normalized(_bilinear(maps, target), normalize)
     if positions is not None:
         maps = _dense(maps, positions, channels, alphas is not None)
-    maps = maps.to(cams.dtype)
-    return maps[0] if single else maps
+    return maps.to(cams.dtype)
 
 
-def _with_batch(name: str, value: Any, single: bool, dims: int) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, as cams is, got {_check.describe(value)}")
-    if single and value.dim() == dims - 1:
+def _batched_labels(name: str, value: Any, single: bool) -> Tensor:
+    """[B, C] bool, from [C] where there is a single image."""
+    shape = "[C]" if single else "[B, C]"
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        raise TypeError(f"{name} must be a bool tensor {shape} of the classes present, got {_check.describe(value)}")
+    if single and value.dim() == 1:
         value = value.unsqueeze(0)
-    if value.dim() != dims:
-        shape = ("[B, D, h, w]", "[B, C]")[dims == 2] if not single else ("[D, h, w]", "[C]")[dims == 2]
-        raise ValueError(f"{name} must be {shape}, as cams is, got {_check.describe(value)}")
+    if value.dim() != 2:
+        raise ValueError(f"{name} must be a bool tensor {shape} of the classes present, got {_check.describe(value)}")
     return value
 
 
-def _target_size(size: str | Size | None, cams: Tensor, feats: Tensor, guide: Tensor | None) -> Size:
-    like = cams if size is None else feats if size == "feats" else guide
-    if size == "guide" and guide is None:
-        raise ValueError('size must not be "guide" without a guide, got size="guide" and guide=None')
-    if size is None or isinstance(size, str):
-        assert like is not None
-        return like.shape[-2], like.shape[-1]
-    height, width = size
-    return height, width
+def _describe_batch(value: Any) -> str:
+    return _check.describe(value) if isinstance(value, Tensor) else f"{len(value)} images"
+
+
+def _target_size(size: str | Size | None, cams: Tensor, inputs: dict[str, Any], stages: list[Stage]) -> Size:
+    if size is None:
+        return cams.shape[-2], cams.shape[-1]
+    if not isinstance(size, str):
+        height, width = size
+        return height, width
+    reader = next((stage for stage in stages if stage.reads == size), None)
+    if reader is None:
+        why = "without a guide" if size == "guide" else "where no method works on feats"
+        raise ValueError(f'size must not be "{size}" {why}, got size="{size}"')
+    like = inputs[size]
+    return (like.shape[-2], like.shape[-1]) if like.dim() == 4 else reader.grid(cams, like, reader.options)
 
 
 def _without_negative(maps: Tensor) -> Tensor:
@@ -266,22 +284,23 @@ def _reads_values(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _present(maps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Only the classes present: [B, P, H, W] and where they stood [B, P], P the most an image has.
+def _present(maps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Only the classes present: [B, P, H, W], P the most an image has; where they stood [B, P]; which are present.
 
     Where the labels cannot be read without a synchronisation the absent classes are zeroed instead, which the walk
     skips.
     """
     if labels is None:
-        return maps, None
+        return maps, None, None
     if not _reads_values(labels):
-        return maps * labels[:, :, None, None].to(maps.device), None
+        present = labels.to(maps.device)
+        return maps * present[:, :, None, None], None, present
     most = int(labels.sum(dim=1).max()) if labels.numel() else 0
     positions = torch.argsort(labels, dim=1, descending=True, stable=True)[:, :most]
-    kept = labels.gather(1, positions)[:, :, None, None].to(maps.device)
+    present = labels.gather(1, positions).to(maps.device)
     positions = positions.to(maps.device)
     index = positions[:, :, None, None].expand(-1, -1, *maps.shape[-2:])
-    return maps.gather(1, index).where(kept, maps.new_zeros(())), positions
+    return maps.gather(1, index).where(present[:, :, None, None], maps.new_zeros(())), positions, present
 
 
 def _dense(maps: Tensor, positions: Tensor, channels: int, has_background: bool) -> Tensor:
@@ -301,9 +320,17 @@ def _background_map(maps: Tensor, alphas: list[float]) -> Tensor:
     return (1 - strongest).clamp(min=0) ** exponent
 
 
-def _run(stage: Stage, maps: Tensor, feats: Tensor) -> Tensor:
-    grid = stage.grid(feats, stage.options)
-    return stage.run(_resized(maps, grid), feats, grid, stage.options)
+def _run(stage: Stage, maps: Tensor, value: Any, has_background: bool, present: Tensor | None) -> Tensor:
+    grid = stage.grid(maps, value, stage.options)
+    maps = _resized(maps, grid)
+    if stage.background is None:
+        return stage.run(maps, value, grid, stage.options)
+    if not has_background:
+        maps = torch.cat([_background_map(maps, [stage.background]), maps], dim=1)
+    background, scores = stage.run(maps, value, grid, stage.options).tensor_split([1], dim=1)
+    if present is not None:  # where maps compete, one of zeros wins a share too
+        scores = scores.where(present[:, :, None, None], scores.new_zeros(()))
+    return torch.cat([background, scores], dim=1) if has_background else scores
 
 
 def _resized(maps: Tensor, size: Size) -> Tensor:
