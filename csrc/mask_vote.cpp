@@ -173,8 +173,8 @@ void mask_vote_cpu(const float* maps, const uint8_t* masks, float* out, VoteShap
   const int pixels = int(shape.pixels);
   const int64_t channels = shape.channels;
   if (pixels == 0 || channels == 0) return;
-  threads = worthwhile_threads(usable_threads(threads), double(pixels) * double(channels + masks_count),
-                               kValuesPerThread);
+  threads =
+      worthwhile_threads(usable_threads(threads), double(pixels) * double(channels + masks_count), kValuesPerThread);
   const int bands = (pixels + kBand - 1) / kBand, parts = std::min(bands, kMostParts);
   const int64_t voices = masks_count * channels;
   const float lowest = -std::numeric_limits<float>::infinity();

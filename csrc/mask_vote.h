@@ -11,10 +11,10 @@ struct VoteShape {
   int64_t channels, pixels;  // pixels < 2^31
 };
 
-template <class Id>  // int32_t or int64_t, any values; a negative one is no segment
-void segment_vote_cpu(const float* maps,    // [C, N] contiguous
-                      const Id* segments,   // [N]
-                      float* out,           // [C, N] every element is written
+template <class Id>                        // int32_t or int64_t, any values; a negative one is no segment
+void segment_vote_cpu(const float* maps,   // [C, N] contiguous
+                      const Id* segments,  // [N]
+                      float* out,          // [C, N] every element is written
                       VoteShape shape, bool maximum, int threads);
 
 void mask_vote_cpu(const float* maps,     // [C, N] contiguous

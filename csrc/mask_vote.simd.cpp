@@ -1,6 +1,5 @@
-#include "mask_vote_kernels.h"
-
 #include "common/simd.h"
+#include "mask_vote_kernels.h"
 
 namespace wsss {
 namespace WSSS_ISA {
@@ -115,7 +114,7 @@ void settle(const float* map, const float* votes, float* out, int count, bool ma
 }
 
 extern const VoteKernels vote_kernels;
-const VoteKernels vote_kernels = {find_runs32, find_runs64, find_set, find_clear, add_runs,
+const VoteKernels vote_kernels = {find_runs32, find_runs64, find_set, find_clear,  add_runs,
                                   max_runs,    fill_runs,   vote,     count_votes, settle};
 
 }  // namespace WSSS_ISA

@@ -36,8 +36,8 @@ def attention_walk(
 
     Args:
         maps: [B, C, h, w], any scale; float16, bfloat16, float32, or float64 (the reference).
-        attention: [B, n, n] with n = h w, attention[b, i, j] from token i to token j, row by row, >= 0 (looked at on the
-            CPU, outside torch.compile). Without class token and registers. A constant for the gradient.
+        attention: [B, n, n] with n = h w, attention[b, i, j] from token i to token j, row by row, >= 0 (looked at on
+            the CPU, outside torch.compile). Without class token and registers. A constant for the gradient.
         sinkhorn: times that columns and rows are divided, whole number >= 0; 3 as published.
         squarings: of S, whole number 0..16; 1 as published.
         box_threshold: share of the map's maximum, 0 <= t < 1; 0.4 as published; None = no boxes. The boxes are

@@ -21,7 +21,6 @@ def region_labels(on: Tensor) -> Tensor:
 
 def region_boxes(maps: Tensor, threshold: float) -> Tensor:
     """[B, C, h, w] bool: inside the box of some 8-connected region of map > threshold * max(map)."""
-    height, width = maps.shape[-2:]
     boxes = torch.zeros(maps.shape, dtype=torch.bool, device=maps.device)
     if maps.numel() == 0:
         return boxes
