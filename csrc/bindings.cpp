@@ -12,8 +12,10 @@
 #include "common/isa.h"
 #include "common/neighbourhood.h"
 #include "local_affinity.h"
+#include "mask_vote.h"
 #include "random_walk.h"
 #include "random_walk_series.h"
+#include "region_boxes.h"
 
 using namespace wsss::python;
 using wsss::FeatureShape;
@@ -50,6 +52,28 @@ void random_walk_backward(Address grad, Address maps, Address affinity, Address 
                                  walk_options(radius, beta, steps, solver, tol), threads);
 }
 
+void region_boxes(Address maps, Address out, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                  double threshold, int threads) {
+  wsss::region_boxes_cpu(at(maps), at<uint8_t>(out), batch * channels, height, width, float(threshold), threads);
+}
+
+// Segments of one image: 4 or 8 bytes an id.
+void segment_vote(Address maps, Address segments, Address out, int64_t channels, int64_t pixels, int id_bytes,
+                  bool maximum, int threads) {
+  const wsss::VoteShape shape{channels, pixels};
+  if (id_bytes == 4) {
+    wsss::segment_vote_cpu(at(maps), at<int32_t>(segments), at(out), shape, maximum, threads);
+  } else {
+    wsss::segment_vote_cpu(at(maps), at<int64_t>(segments), at(out), shape, maximum, threads);
+  }
+}
+
+void mask_vote(Address maps, Address masks, Address out, int64_t channels, int64_t pixels, int64_t masks_count,
+               bool maximum, int threads) {
+  wsss::mask_vote_cpu(at(maps), at<uint8_t>(masks), at(out), wsss::VoteShape{channels, pixels}, masks_count, maximum,
+                      threads);
+}
+
 // How a walk is evaluated, for kernels elsewhere: in float64 or not, and the series' coefficients (none: by power).
 std::pair<bool, std::vector<double>> walk_method(int64_t steps, int solver, double tol) {
   const wsss::WalkMethod method = wsss::choose_walk_method(walk_options(5, 1, steps, solver, tol));
@@ -84,6 +108,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("local_affinity_backward", &local_affinity_backward, without_gil);
   m.def("random_walk", &random_walk, without_gil);
   m.def("random_walk_backward", &random_walk_backward, without_gil);
+  m.def("region_boxes", &region_boxes, without_gil);
+  m.def("segment_vote", &segment_vote, without_gil);
+  m.def("mask_vote", &mask_vote, without_gil);
   m.def("walk_method", &walk_method);
   m.def("walk_gradient_method", &walk_gradient_method);
 }

@@ -4,17 +4,19 @@ from wsss_kernels import reference
 from wsss_kernels.info import info
 from wsss_kernels.labels import background_threshold, labels_from_maps
 from wsss_kernels.neighbours import neighbour_offsets
-from wsss_kernels.ops import local_affinity, random_walk
+from wsss_kernels.ops import attention_walk, local_affinity, mask_vote, random_walk
 from wsss_kernels.refine import refine_cams
 
 __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "attention_walk",
     "background_threshold",
     "info",
     "labels_from_maps",
     "local_affinity",
+    "mask_vote",
     "neighbour_offsets",
     "random_walk",
     "reference",

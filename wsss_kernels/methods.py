@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wsss_kernels import _check
 from wsss_kernels.colour import check_picture, grid_size, walk_features
-from wsss_kernels.ops import local_affinity, random_walk
+from wsss_kernels.ops import attention_walk, local_affinity, mask_vote, random_walk
+from wsss_kernels.ops.mask_vote import check_segments
 
 Size = tuple[int, int]
 Reader = Callable[[str, Any, bool], Any]  # name, argument, whether of a single image -> the argument with a batch
 
 # What a published pipeline sets: (method, background, options).
-PRESETS: dict[str, tuple[str, float, dict[str, Any]]] = {
+PRESETS: dict[str, tuple[str, float | None, dict[str, Any]]] = {
     # Ahn and Kwak, CVPR 2018: walk on AffinityNet's own features, whose affinity was trained with scale 1.
     "psa": (
         "affinity",
         16.0,
         {"radius": 5, "metric": "l1", "scale": 1.0, "border": "cropped", "beta": 8, "steps": 256},
     ),
+    # Lin et al., CVPR 2023: on the mean attention of the last 8 layers of CLIP, each class by itself; its background
+    # (1 - max) is made from the result.
+    "clip-es": ("attention", None, {"sinkhorn": 3, "squarings": 1, "box_threshold": 0.4}),
 }
 
 
@@ -102,6 +107,88 @@ def _check_features(name: str, feats: Tensor) -> None:
     _check.tensor(name, feats, "B D h w")
 
 
+def _run_attention(maps: Tensor, attention: Tensor, _: Size, o: dict[str, Any]) -> Tensor:
+    chosen = {name: o[name] for name in ("sinkhorn", "squarings", "box_threshold")}
+    return attention_walk(maps, attention.to(maps.dtype), **chosen)
+
+
+def _run_vote(maps: Tensor, segments: Tensor | list[Tensor], _: Size, o: dict[str, Any]) -> Tensor:
+    return mask_vote(maps, segments, reduce=o["reduce"])
+
+
+def _batched_attention(name: str, value: Any, single: bool) -> Tensor:
+    """[B, n, n]: the mean over layers and heads, in float32 at least; from [n, n] where there is a single image."""
+    layers = [value] if isinstance(value, Tensor) else value
+    one, many = ("[n, n]", "[heads, n, n]") if single else ("[B, n, n]", "[B, heads, n, n]")
+    contract = f"{name} must be attention {one} or {many}, or a list of layers of it"
+    if not isinstance(layers, Sequence) or not all(isinstance(layer, Tensor) for layer in layers):
+        raise TypeError(f"{contract}, got {_check.describe(value)}")
+    if not layers:
+        raise ValueError(f"{contract}, got an empty list")
+    total: Tensor | None = None
+    for layer in layers:
+        if not layer.is_floating_point():
+            raise TypeError(f"{contract}, floating point, got {_check.describe(layer)}")
+        heads = layer.dim() - (2 if single else 3)
+        if heads not in (0, 1) or layer.shape[-1] != layer.shape[-2] or 0 in layer.shape[-3 if heads else -2 :]:
+            raise ValueError(f"{contract}, n >= 1, got {_check.describe(layer)}")
+        layer = layer.detach() if layer.dtype == torch.float64 else layer.detach().float()
+        layer = layer.mean(dim=-3) if heads else layer
+        if total is not None and layer.shape != total.shape:
+            raise ValueError(f"{name} must be layers of one number of tokens, got {_check.describe(layer)} among them")
+        total = layer if total is None else total + layer
+    assert total is not None
+    total = total / len(layers) if len(layers) > 1 else total
+    return total.unsqueeze(0) if single else total
+
+
+def _batched_segments(name: str, value: Any, single: bool) -> Tensor | list[Tensor]:
+    """Integers [B, H, W], or a list of bool [m, H, W]; from [H, W], or [m, H, W], where there is a single image."""
+    if single and isinstance(value, Tensor):
+        if value.dtype != torch.bool and value.dim() != 2:
+            raise ValueError(
+                f"{name} must be segment ids [H, W] or masks, bool [m, H, W], got {_check.describe(value)}"
+            )
+        value = [value] if value.dtype == torch.bool else value.unsqueeze(0)
+    check_segments(name, value)
+    return value if isinstance(value, Tensor) else list(value)
+
+
+def _token_grid(maps: Tensor, attention: Tensor, o: dict[str, Any]) -> Size:
+    """The grid given, else that of the maps if it has as many places, else a square."""
+    tokens, (height, width) = attention.shape[-1], maps.shape[-2:]
+    if o["grid"] is not None:
+        height, width = o["grid"]
+        if height * width != tokens:
+            raise ValueError(f"grid must be (h, w) with h w = {tokens} tokens (no class token), got {tuple(o['grid'])}")
+        return height, width
+    if height * width == tokens:
+        return height, width
+    side = int(tokens**0.5 + 0.5)
+    if side * side != tokens:
+        raise ValueError(f"grid must be given, (h, w) with h w = {tokens} tokens (no class token), got None")
+    return side, side
+
+
+def _segment_grid(maps: Tensor, segments: Tensor | list[Tensor], _: dict[str, Any]) -> Size:
+    height, width = segments[0].shape[-2:] if len(segments) else maps.shape[-2:]
+    return height, width
+
+
+def _check_attention(name: str, attention: Tensor) -> None:
+    _check.tensor(name, attention, "B n n")
+
+
+def _check_token_grid(options: dict[str, Any]) -> None:
+    grid = options["grid"]
+    if grid is None:
+        return
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise TypeError(f"grid must be a pair (h, w) of tokens or None, got {_check.describe(grid)}")
+    for side in grid:
+        _check.whole("grid", side, "a pair of whole numbers (h, w) >= 1, of tokens", least=1)
+
+
 def _check_walk(options: dict[str, Any]) -> None:
     if isinstance(options["steps"], str):
         _check.choice("steps", options["steps"], ("auto",))
@@ -120,6 +207,15 @@ METHODS = {
         check_options=_check_walk,
     ),
     "image": Stage(check_picture, _image_grid, _run_image, _IMAGE, check_options=_check_image_walk),
+    "attention": Stage(
+        _check_attention, _token_grid, _run_attention,
+        {"grid": None, "sinkhorn": 3, "squarings": 1, "box_threshold": 0.4},
+        batched=_batched_attention, check_options=_check_token_grid,
+    ),
+    "vote": Stage(
+        check_segments, _segment_grid, _run_vote, {"segments": None, "reduce": "mean"},
+        reads="segments", batched=_batched_segments,
+    ),
 }  # fmt: skip
 GUIDE = Stage(check_picture, _image_grid, _run_guide, _IMAGE, reads="guide")  # follows the methods
 

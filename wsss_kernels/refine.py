@@ -20,7 +20,7 @@ NORMALIZATIONS = ("image", "class", None)
 
 def refine_cams(
     cams: Tensor | Sequence[Tensor],
-    feats: Tensor | Sequence[Tensor],
+    feats: Tensor | Sequence[Tensor] | Sequence[Sequence[Tensor]] | None,
     *,
     method: str | tuple[str, ...] = "affinity",
     labels: Tensor | Sequence[Tensor] | None = None,
@@ -47,11 +47,20 @@ def refine_cams(
             colours (CIE Lab in a unit that suits the picture, see `colour.walk_features`, on a grid with long side <=
             `grid`). Options: grid=128, scale=1.0, and radius, border, beta, steps, solver, tol as above, the automatic
             steps being 240/256 of those.
-        A tuple runs several in turn on the same feats; each option goes to every method that has it.
+        "attention": feats are the attention between a transformer's patch tokens, [B, n, n] (row: from, column: to), or
+            [B, heads, n, n], or a list of such layers, averaged; without class token. The working grid is the tokens',
+            `grid`=(h, w): by default that of cams if h w = n, else a square. Options: those of `attention_walk`
+            (sinkhorn, squarings, box_threshold). In a list of images each has its own list of layers.
+        "vote": `segments`=, superpixels [B, H, W] of integers or a list of masks [m, H, W] of bool, one an image: each
+            segment takes its mean score (see `mask_vote`; the result is a constant for the gradient). feats may be
+            None if no other method of the chain needs them. Option: reduce.
+        A tuple runs several in turn on the same feats, such as ("image", "vote"); each option goes to every method
+        that has it.
 
     Args:
-        cams: [B, C, H, W], or [C, H, W], or a list of [C_i, H_i, W_i] of any sizes (feats, labels and guide are lists
-            too, and a list comes back). Floating point, any scale. Negative values count as 0, with one warning.
+        cams: [B, C, H, W], or [C, H, W], or a list of [C_i, H_i, W_i] of any sizes (feats, labels, guide and segments
+            are lists too, and a list comes back). Floating point, any scale. Negative values count as 0, with one
+            warning.
         feats: what the method needs, see above; the batch of cams.
         labels: [B, C] bool ([C] for one image): the classes present. The others come back as zeros and cost nothing.
         guide: [B, 3, h', w'] RGB picture: after the walk on feats a second, short walk as method="image" sharpens the
@@ -62,7 +71,7 @@ def refine_cams(
         size: of the result: None = that of cams, "feats", "guide", or (height, width).
         normalize: "image" divides all maps of an image by their common maximum (the order between classes stays),
             "class" each map by its own, None leaves them.
-        preset: "psa" sets method, scale, border, beta, steps and background as published; what is given wins.
+        preset: "psa" or "clip-es": method, its options and background as published; what is given wins.
         **method_options: see above. One the method does not have is a TypeError that lists the valid ones.
 
     Returns:
