@@ -1,6 +1,7 @@
 """Fused refinement kernels for weakly-supervised semantic segmentation."""
 
 from wsss_kernels import reference
+from wsss_kernels.crf_labels import affinity_labels, confident_labels
 from wsss_kernels.info import info
 from wsss_kernels.labels import background_threshold, labels_from_maps
 from wsss_kernels.neighbours import neighbour_offsets
@@ -11,8 +12,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "affinity_labels",
     "attention_walk",
     "background_threshold",
+    "confident_labels",
     "info",
     "labels_from_maps",
     "local_affinity",

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from wsss_kernels import neighbours
-from wsss_kernels.triton import launch, local_affinity, random_walk
+from wsss_kernels.triton import launch, local_affinity, mask_vote, random_walk, region_boxes
 
 TARGETS = (
     GPUTarget("cuda", 80, 32),
@@ -37,7 +37,7 @@ TARGETS = (
 NO_SPILLS = TARGETS[:2]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-         torch.int32: "i32"}  # fmt: skip
+         torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}  # fmt: skip
 # Of values, that is; the lists of integers are short.
 NARROW_OFFSET = re.compile(r"tt\.addptr .*!tt\.ptr<b?f\d+>>?, (?:tensor<[\dx]*)?i(?!64)\d+")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -95,6 +95,11 @@ def recorded_programs() -> list[Program]:
         affinity = torch.empty(1, neighbours.neighbour_count(5), size, size, dtype=dtype, device="meta")
         random_walk.random_walk(maps, affinity, 5, 8.0, 2, "auto", tol)
         random_walk.random_walk_backward(maps, maps, affinity, 5, 8.0, 2, "auto", tol, True, True)
+    maps = torch.empty(1, 5, 6, 7, device="meta")
+    region_boxes.region_boxes(maps, 0.4)
+    for maximum, ids in itertools.product((False, True), (torch.int32, torch.int64)):
+        mask_vote.segment_vote(maps, torch.empty(1, 6, 7, dtype=ids, device="meta"), maximum)
+        mask_vote.mask_vote(maps, [torch.empty(3, 6, 7, dtype=torch.bool, device="meta")], maximum)
     table = [value for name, value in vars(launch).items() if name.isupper()]
     listed = [c for value in table for c in (value.values() if isinstance(value, dict) else [value])]
     unreached = [c for c in listed if isinstance(c, launch.Configuration) and c not in reached]

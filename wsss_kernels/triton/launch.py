@@ -40,6 +40,9 @@ WALK = {
 }
 DEGREE = Configuration(256, {"LINKS": 8, "PIXELS": 32})
 WALK_GRADIENT = Configuration(128, {"LINKS": 8, "PIXELS": 64})
+REGIONS = Configuration(256, {"BLOCK": 1024})  # one program a map: as many threads as its barriers allow
+VOTE_SEGMENTS = Configuration(128, {"CHANNELS": 4, "BLOCK": 128})
+VOTE_MASKS = Configuration(128, {"CHANNELS": 4, "BLOCK": 256})
 
 # Fewer programs than this, a few for each multiprocessor, leave the large blocks' machine partly idle.
 _FEW_PROGRAMS = 512
