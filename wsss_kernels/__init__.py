@@ -4,7 +4,8 @@ from wsss_kernels import reference
 from wsss_kernels.info import info
 from wsss_kernels.labels import background_threshold, labels_from_maps
 from wsss_kernels.neighbours import neighbour_offsets
-from wsss_kernels.ops import local_affinity, random_walk
+from wsss_kernels.ops import dense_crf, dense_energy_loss, local_affinity, random_walk
+from wsss_kernels.ops.dense_crf import unary_from_labels, unary_from_probabilities
 from wsss_kernels.refine import refine_cams
 
 __version__ = "0.1.0"
@@ -12,6 +13,8 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "background_threshold",
+    "dense_crf",
+    "dense_energy_loss",
     "info",
     "labels_from_maps",
     "local_affinity",
@@ -19,4 +22,6 @@ __all__ = [
     "random_walk",
     "reference",
     "refine_cams",
+    "unary_from_labels",
+    "unary_from_probabilities",
 ]

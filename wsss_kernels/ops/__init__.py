@@ -1,6 +1,8 @@
 """The ops: contract, checks and registration, one file each."""
 
+from wsss_kernels.ops.dense_crf import dense_crf
+from wsss_kernels.ops.dense_energy_loss import dense_energy_loss
 from wsss_kernels.ops.local_affinity import local_affinity
 from wsss_kernels.ops.random_walk import random_walk
 
-__all__ = ["local_affinity", "random_walk"]
+__all__ = ["dense_crf", "dense_energy_loss", "local_affinity", "random_walk"]
