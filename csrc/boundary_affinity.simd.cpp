@@ -5,7 +5,6 @@ namespace wsss {
 namespace WSSS_ISA {
 
 constexpr int n = kLanes<float>;
-constexpr int kGroup = 4;  // vectors of pixels that take a step together
 using V = Vec<float>;
 
 WSSS_ALWAYS_INLINE VecInt to_key(V v) {
@@ -39,16 +38,14 @@ void pack(const BoundaryProblem& problem, const float* boundary, int32_t* keys, 
   }
 }
 
+// One row's pairs [K][kPathTileGap] from keys of its packed row, whether or not their neighbour is inside.
 template <int G>
-WSSS_ALWAYS_INLINE void forward_group(const BoundaryProblem& problem, const int32_t* keys, float* out, int y, int x) {
-  const size_t plane = size_t(problem.height) * problem.width;
+WSSS_ALWAYS_INLINE void forward_group(const PathTree& tree, const int32_t* keys, float* pairs) {
   VecInt at_fork[kMaxPathDepth][G], m[G];
   unroll<0, G>([&](auto g) __attribute__((always_inline)) { at_fork[0][g] = load(keys + g * n); });
-  const PathTree& tree = *problem.tree;
   for (int b = 0; b < tree.branch_count; ++b) {
-    const PathBranch& branch = tree.branches[b];
-    const PathStep* step = tree.down + branch.down;
-    const PathStep* const end = tree.down + branch.down_end;
+    const PathStep* step = tree.down + tree.branches[b].down;
+    const PathStep* const end = tree.down + tree.branches[b].down_end;
     unroll<0, G>([&](auto g) __attribute__((always_inline)) { m[g] = at_fork[step->depth - 1][g]; });
     for (; step < end; ++step) {
       unroll<0, G>([&](auto g) __attribute__((always_inline)) {
@@ -58,35 +55,20 @@ WSSS_ALWAYS_INLINE void forward_group(const BoundaryProblem& problem, const int3
       if (step->forks) {
         unroll<0, G>([&](auto g) __attribute__((always_inline)) { at_fork[step->depth][g] = m[g]; });
       }
-      if (step->link < 0) continue;
-      const int k = step->link, dx = problem.hood->dx[k];
-      const bool row_inside = y + problem.hood->dy[k] < problem.height;
-      float* const to = out + k * plane;
-      unroll<0, G>([&](auto g) __attribute__((always_inline)) {
-        const int at = x + g * n;
-        const V value = row_inside ? inside(1.0f - from_key(m[g]), at, dx, problem.width) : V{};
-        store_some(to + g * n, value, problem.width - at);
-      });
+      if (step->link >= 0) {
+        float* const pair = pairs + step->link * kPathTileGap;
+        unroll<0, G>([&](auto g) __attribute__((always_inline)) { store(pair + g * n, 1.0f - from_key(m[g])); });
+      }
     }
   }
 }
 
+// Gradients of one row's pairs [K][kPathTileGap], 0 where there is none, to the points they belong to.
 template <int G>
-WSSS_ALWAYS_INLINE void backward_group(const BoundaryProblem& problem, const int32_t* keys, const float* grad,
-                                       float* points, int y, int x) {
-  const size_t plane = size_t(problem.height) * problem.width;
+WSSS_ALWAYS_INLINE void backward_group(const PathTree& tree, const int32_t* keys, const float* pairs, float* points) {
   VecInt largest[kMaxPathDepth][G];
   V waiting[kMaxPathDepth][G], flow[G];  // gradients of maxima: those that wait at a fork, those on their way up
-  const auto add_link = [&](int k) __attribute__((always_inline)) {
-    if (y + problem.hood->dy[k] >= problem.height) return;
-    const float* const from = grad + k * plane;
-    unroll<0, G>([&](auto g) __attribute__((always_inline)) {
-      const int at = x + g * n;
-      flow[g] += inside(load_some(from + g * n, problem.width - at), at, problem.hood->dx[k], problem.width);
-    });
-  };
   unroll<0, G>([&](auto g) __attribute__((always_inline)) { largest[0][g] = load(keys + g * n); });
-  const PathTree& tree = *problem.tree;
   for (int b = 0; b < tree.branch_count; ++b) {
     const PathBranch& branch = tree.branches[b];
     const PathStep* step = tree.down + branch.down;
@@ -105,8 +87,13 @@ WSSS_ALWAYS_INLINE void backward_group(const BoundaryProblem& problem, const int
     unroll<0, G>([&](auto g) __attribute__((always_inline)) { flow[g] = V{}; });
     for (; step < end; ++step) {
       const int depth = step->depth;
-      if (step->forks) unroll<0, G>([&](auto g) __attribute__((always_inline)) { flow[g] += waiting[depth][g]; });
-      if (step->link >= 0) add_link(step->link);
+      if (step->forks) {
+        unroll<0, G>([&](auto g) __attribute__((always_inline)) { flow[g] += waiting[depth][g]; });
+      }
+      if (step->link >= 0) {
+        const float* const pair = pairs + step->link * kPathTileGap;
+        unroll<0, G>([&](auto g) __attribute__((always_inline)) { flow[g] += load(pair + g * n); });
+      }
       float* const point = points + step->point * ptrdiff_t(kPointLine);
       unroll<0, G>([&](auto g) __attribute__((always_inline)) {
         const VecInt here = load(keys + step->at + g * n) >= largest[depth - 1][g];
@@ -114,20 +101,20 @@ WSSS_ALWAYS_INLINE void backward_group(const BoundaryProblem& problem, const int
         flow[g] = here ? V{} : flow[g];
       });
     }
-    const int stop = branch.stop;
     unroll<0, G>([&](auto g) __attribute__((always_inline)) {
-      waiting[stop][g] = branch.first ? flow[g] : waiting[stop][g] + flow[g];
+      V& stop = waiting[branch.stop][g];
+      stop = branch.first ? flow[g] : stop + flow[g];
     });
   }
   float* const own = points + tree.pixel * ptrdiff_t(kPointLine);  // every path's last point takes what is left
   unroll<0, G>([&](auto g) __attribute__((always_inline)) { store(own + g * n, waiting[0][g]); });
 }
 
-// body(Index<G>, x) for groups of up to kGroup vectors that begin in columns [x, end).
+// body(Index<G>, x) for groups of up to four vectors that begin in columns [0, count).
 template <class Body>
-WSSS_ALWAYS_INLINE void for_groups(int x, int end, Body&& body) {
-  for (; x < end; x += kGroup * n) {
-    const int left = end - x;
+WSSS_ALWAYS_INLINE void for_groups(int count, Body&& body) {
+  for (int x = 0; x < count; x += 4 * n) {
+    const int left = count - x;
     if (left > 3 * n) {
       body(Index<4>{}, x);
     } else if (left > 2 * n) {
@@ -140,36 +127,66 @@ WSSS_ALWAYS_INLINE void for_groups(int x, int end, Body&& body) {
   }
 }
 
-void forward_row(const BoundaryProblem& problem, const int32_t* keys, float* out, int y) {
-  out += size_t(y) * problem.width;
-  for_groups(0, problem.width, [&](auto groups, int x) __attribute__((always_inline)) {
-    forward_group<decltype(groups)::value>(problem, keys + kBoundaryMargin + x, out + x, y, x);
+// body(pairs of the row, where the row begins in the [K, H, W] array, neighbour k, y, inside) for every pair of a tile,
+// a neighbour at a time: whole rows of one plane after another, since K planes at once thrash every cache.
+template <class Body>
+WSSS_ALWAYS_INLINE void for_pairs(const BoundaryProblem& problem, const BoundaryTile& tile, float* pairs, Body&& body) {
+  const size_t plane = size_t(problem.height) * problem.width;
+  for (int k = 0; k < problem.hood->count; ++k) {
+    for (int y = tile.y; y < tile.y_end; ++y) {
+      body(pairs + k * kPathTileGap + (y - tile.y) * kPathTileColumns, k * plane + size_t(y) * problem.width + tile.x,
+           k, y + problem.hood->dy[k] < problem.height);
+    }
+  }
+}
+
+void forward_tile(const BoundaryProblem& problem, const BoundaryTile& tile, const int32_t* keys, float* out,
+                  float* pairs) {
+  const int columns = tile.x_end - tile.x;
+  for (int y = tile.y; y < tile.y_end; ++y) {
+    const int32_t* const row = keys + (y - tile.y) * boundary_line(problem.width) + kBoundaryMargin + tile.x;
+    for_groups(columns, [&](auto groups, int x) __attribute__((always_inline)) {
+      forward_group<decltype(groups)::value>(*problem.tree, row + x, pairs + (y - tile.y) * kPathTileColumns + x);
+    });
+  }
+  for_pairs(problem, tile, pairs, [&](const float* pair, size_t at, int k, bool exists) __attribute__((always_inline)) {
+    for (int x = 0; x < columns; x += n) {
+      const V value = exists ? inside(load(pair + x), tile.x + x, problem.hood->dx[k], problem.width) : V{};
+      store_some(out + at + x, value, columns - x);
+    }
   });
 }
 
-void backward_row(const BoundaryProblem& problem, const int32_t* keys, const float* grad, float* points, float* sums,
-                  int y) {
-  grad += size_t(y) * problem.width;
+void backward_tile(const BoundaryProblem& problem, const BoundaryTile& tile, const int32_t* keys, const float* grad,
+                   float* pairs, float* points, float* sums) {
   const PathTree& tree = *problem.tree;
-  const int count = tree.point_count;
   const ptrdiff_t line = boundary_line(problem.width);
-  for (int left = 0; left < problem.width; left += kPointColumns) {
-    const int right = problem.width - left < kPointColumns ? problem.width : left + kPointColumns;
-    for_groups(left, right, [&](auto groups, int x) __attribute__((always_inline)) {
-      backward_group<decltype(groups)::value>(problem, keys + kBoundaryMargin + x, grad + x,
-                                              points + kPointMargin + x - left, y, x);
+  const int columns = tile.x_end - tile.x;
+  for_pairs(problem, tile, pairs, [&](float* pair, size_t at, int k, bool exists) __attribute__((always_inline)) {
+    for (int x = 0; x < columns; x += n) {
+      const V g = exists ? load_some(grad + at + x, columns - x) : V{};
+      store(pair + x, inside(g, tile.x + x, problem.hood->dx[k], problem.width));
+    }
+  });
+  const int reach = (columns + 15) / 16 * 16 + kBoundaryMargin;
+  for (int y = tile.y; y < tile.y_end; ++y, keys += line, sums += line) {
+    for_groups(columns, [&](auto groups, int x) __attribute__((always_inline)) {
+      backward_group<decltype(groups)::value>(tree, keys + kBoundaryMargin + tile.x + x,
+                                              pairs + (y - tile.y) * kPathTileColumns + x, points + kPointMargin + x);
     });
-    const int reach = (right - left + 15) / 16 * 16 + kBoundaryMargin;
-    for (int first = 0, last = 0; first < count; first = last) {
-      while (last < count && tree.points[last].dy == tree.points[first].dy) ++last;
-      float* const row = sums + tree.points[first].dy * line + kBoundaryMargin + left;
+    for (int first = 0, last = 0; first < tree.point_count; first = last) {
+      while (last < tree.point_count && tree.points[last].dy == tree.points[first].dy) ++last;
+      float* const row = sums + tree.points[first].dy * line + kBoundaryMargin + tile.x;
       for (int x = -kBoundaryMargin; x < reach; x += n) {
         V sum = load(row + x);
         for (int i = first; i < last; ++i) sum += load(points + i * kPointLine + kPointMargin + x - tree.points[i].dx);
         store(row + x, sum);
       }
     }
-    for (int i = 0; i < count; ++i) std::memset(points + i * kPointLine + kPointMargin, 0, kPointColumns * 4);
+    const V zero = in_register<float>(V{});  // or the loop becomes a call for every few vectors
+    for (int i = 0; i < tree.point_count; ++i) {
+      for (int x = 0; x < columns; x += n) store(points + i * kPointLine + kPointMargin + x, zero);
+    }
   }
 }
 
@@ -182,7 +199,7 @@ void subtract_rows(float* to, const float* const* rows, int count, int width) {
 }
 
 extern const BoundaryKernels boundary_kernels;
-constexpr BoundaryKernels boundary_kernels = {pack, forward_row, backward_row, subtract_rows};
+constexpr BoundaryKernels boundary_kernels = {pack, forward_tile, backward_tile, subtract_rows};
 
 }  // namespace WSSS_ISA
 }  // namespace wsss
