@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "boundary_affinity.h"
 #include "common/isa.h"
 #include "common/neighbourhood.h"
 #include "dense_crf.h"
@@ -26,6 +27,17 @@ using wsss::WalkOptions;
 using wsss::WalkShape;
 
 namespace {
+
+void boundary_affinity(Address boundary, Address out, int64_t batch, int64_t height, int64_t width, int radius,
+                       int threads) {
+  wsss::boundary_affinity_cpu(at(boundary), at(out), {batch, height, width}, radius, threads);
+}
+
+void boundary_affinity_backward(Address grad, Address boundary, Address grad_boundary, int64_t batch, int64_t height,
+                                int64_t width, int radius, int threads) {
+  wsss::boundary_affinity_backward_cpu(at(grad), at(boundary), at(grad_boundary), {batch, height, width}, radius,
+                                       threads);
+}
 
 void local_affinity(Address feats, Address out, Address scales, int64_t batch, int64_t dim, int64_t height,
                     int64_t width, int radius, bool cosine, double scale, bool cropped, int threads) {
@@ -122,6 +134,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef WSSS_WITH_CUDA
   bind_cuda(m);
 #endif
+  m.def("boundary_affinity", &boundary_affinity, without_gil);
+  m.def("boundary_affinity_backward", &boundary_affinity_backward, without_gil);
   m.def("local_affinity", &local_affinity, without_gil);
   m.def("local_affinity_backward", &local_affinity_backward, without_gil);
   m.def("random_walk", &random_walk, without_gil);
