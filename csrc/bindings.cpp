@@ -17,6 +17,7 @@
 #include "dense_crf.h"
 #include "local_affinity.h"
 #include "mask_vote.h"
+#include "pixel_adaptive.h"
 #include "random_walk.h"
 #include "random_walk_series.h"
 #include "region_boxes.h"
@@ -115,6 +116,20 @@ void dense_energy(Address image, Address probs, Address roi, Address loss, Addre
                          wsss::CrfShape{batch, labels, height, width}, sigma.data(), threads);
 }
 
+void pixel_adaptive(Address image, Address maps, Address out, int64_t batch, int64_t channels, int64_t height,
+                    int64_t width, bool par, const std::vector<int>& dilations, int64_t iterations, int threads) {
+  wsss::pixel_adaptive_cpu(at(image), at(maps), at(out), wsss::AdaptiveShape{batch, channels, height, width},
+                           wsss::AdaptiveOptions{par, dilations.data(), int(dilations.size()), iterations}, threads);
+}
+
+void pixel_adaptive_backward(Address grad, Address image, Address grad_maps, int64_t batch, int64_t channels,
+                             int64_t height, int64_t width, bool par, const std::vector<int>& dilations,
+                             int64_t iterations, int threads) {
+  wsss::pixel_adaptive_backward_cpu(
+      at(grad), at(image), at(grad_maps), wsss::AdaptiveShape{batch, channels, height, width},
+      wsss::AdaptiveOptions{par, dilations.data(), int(dilations.size()), iterations}, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -138,6 +153,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("boundary_affinity_backward", &boundary_affinity_backward, without_gil);
   m.def("local_affinity", &local_affinity, without_gil);
   m.def("local_affinity_backward", &local_affinity_backward, without_gil);
+  m.def("pixel_adaptive", &pixel_adaptive, without_gil);
+  m.def("pixel_adaptive_backward", &pixel_adaptive_backward, without_gil);
+  m.attr("max_dilations") = wsss::kMaxDilations;
   m.def("random_walk", &random_walk, without_gil);
   m.def("random_walk_backward", &random_walk_backward, without_gil);
   m.def("region_boxes", &region_boxes, without_gil);

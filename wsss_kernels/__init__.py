@@ -12,6 +12,7 @@ from wsss_kernels.ops import (
     dense_energy_loss,
     local_affinity,
     mask_vote,
+    pixel_adaptive,
     random_walk,
 )
 from wsss_kernels.ops.dense_crf import unary_from_labels, unary_from_probabilities
@@ -33,6 +34,7 @@ __all__ = [
     "local_affinity",
     "mask_vote",
     "neighbour_offsets",
+    "pixel_adaptive",
     "random_walk",
     "reference",
     "refine_cams",

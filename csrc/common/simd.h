@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -60,6 +60,19 @@ WSSS_ALWAYS_INLINE void store_some(float* p, Vec<float> v, int count) {
   _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
 #else
   for (int i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
+WSSS_ALWAYS_INLINE Vec<float> square_root(Vec<float> v) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_sqrt_ps(__mmask16(-1), (__m512)v);
+#elif defined(__AVX__)
+  return (Vec<float>)_mm256_sqrt_ps((__m256)v);
+#elif defined(__x86_64__)
+  return (Vec<float>)_mm_sqrt_ps((__m128)v);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
 #endif
 }
 

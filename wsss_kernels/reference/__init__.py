@@ -6,6 +6,7 @@ from wsss_kernels.reference.dense_crf import dense_crf
 from wsss_kernels.reference.dense_energy_loss import dense_energy_loss
 from wsss_kernels.reference.local_affinity import local_affinity
 from wsss_kernels.reference.mask_vote import mask_vote
+from wsss_kernels.reference.pixel_adaptive import pixel_adaptive
 from wsss_kernels.reference.random_walk import random_walk
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "dense_energy_loss",
     "local_affinity",
     "mask_vote",
+    "pixel_adaptive",
     "random_walk",
 ]
