@@ -1,11 +1,13 @@
 """How good the refiners are on real pictures: mIoU of the seeds and of every method with nothing tuned.
 
-    python -m benchmarks quality --data DIR [--seeds cams cams_tip ...] [--methods image ...]
+    python -m benchmarks quality --data DIR [--seeds cams cams_tip ...] [--methods image ...] [--picture FILE]
 
 DIR is in PASCAL VOC layout: JPEGImages/ID.jpg, SegmentationClass/ID.png (index PNG, 255 ignored), optionally
 ImageSets/**/*.txt with one ID a line, and one or more folders of seeds, ID.npz with `class_ids` int [k] and `cams`
 float [k, h, w]. For each kind of seed the table gives the mIoU at the best single threshold of the whole set (which
-needs the ground truth) and with the label-free threshold; "loss" is the difference.
+needs the ground truth) and with the label-free threshold; "loss" is the difference. "wins" counts the pictures on which
+the method, label-free, has a higher mIoU than the seeds at their best threshold. --picture draws the labels of all of
+them beside the ground truth.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from wsss_models.data.palette import voc_palette
+from wsss_models.visualise import Row as Line
+from wsss_models.visualise import overlay_label, sheet
 
 import wsss_kernels as wk
 
@@ -50,6 +55,16 @@ class Row:
     label_free: float  # percent
     seconds: float  # mean an image, refinement and labels, reading not counted
     images: int
+    wins: int  # images on which it is better label-free than the seeds at their best
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a row is made of, and what the next rows are compared with."""
+
+    row: Row
+    at_best: list[float]  # mIoU of each image at the best threshold of the set
+    labels: list[Tensor]  # of each image, label-free
 
 
 def image_ids(data: Path) -> list[str]:
@@ -118,11 +133,21 @@ def to_size(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
-def evaluate(pictures: list[Picture], data: Path, folder: str, method: str, arguments: dict[str, Any] | None) -> Row:
-    """One row of the table; arguments None = the seeds as they are, brought to the picture bilinearly."""
+def evaluate(
+    pictures: list[Picture],
+    data: Path,
+    folder: str,
+    method: str,
+    arguments: dict[str, Any] | None,
+    seeds: Evaluation | None = None,
+) -> Evaluation:
+    """One row of the table; arguments None = the seeds as they are, brought to the picture bilinearly.
+
+    `seeds`: the evaluation of the same pictures that wins are counted against; None = this one.
+    """
     sweep = torch.zeros(len(THRESHOLDS), CLASSES, CLASSES, dtype=torch.int64)
     free = torch.zeros(CLASSES, CLASSES, dtype=torch.int64)
-    seconds, used = 0.0, 0
+    seconds, labels, at, alone = 0.0, [], [], []
     for picture in pictures:
         if not (data / folder / f"{picture.name}.npz").exists():
             continue
@@ -131,25 +156,52 @@ def evaluate(pictures: list[Picture], data: Path, folder: str, method: str, argu
         start = time.perf_counter()
         maps = to_size(cams, size) if arguments is None else wk.refine_cams(cams, picture.rgb, size=size, **arguments)
         assert isinstance(maps, Tensor)  # a tensor in, a tensor out
-        labels = wk.labels_from_maps(maps, background="auto", class_ids=ids)
+        label = torch.as_tensor(wk.labels_from_maps(maps, background="auto", class_ids=ids))[0]
         seconds += time.perf_counter() - start
-        used += 1
-        free += confusion(picture.truth, labels[0])
-        sweep += sweep_confusion(picture.truth, maps, ids)
+        labels.append(label)
+        own, own_sweep = confusion(picture.truth, label), sweep_confusion(picture.truth, maps, ids)
+        free += own
+        sweep += own_sweep
+        alone.append(mean_iou(own))
+        at.append([mean_iou(counts) for counts in own_sweep])
     scores = [mean_iou(counts) for counts in sweep]
     top = int(np.argmax(scores))
-    return Row(folder, method, scores[top], float(THRESHOLDS[top]), mean_iou(free), seconds / max(used, 1), used)
+    at_best = [each[top] for each in at]
+    wins = sum(a > b for a, b in zip(alone, seeds.at_best if seeds is not None else at_best, strict=True))
+    used = len(labels)
+    best = (scores[top], float(THRESHOLDS[top]))
+    return Evaluation(Row(folder, method, *best, mean_iou(free), seconds / max(used, 1), used, wins), at_best, labels)
 
 
 def table(rows: list[Row]) -> str:
-    head = f"{'seeds':<14}{'method':<12}{'best':>7}{'at':>6}{'label-free':>12}{'loss':>7}{'s/image':>10}{'images':>8}"
+    head = f"{'seeds':<14}{'method':<18}{'best':>7}{'at':>6}{'label-free':>12}{'loss':>7}{'wins':>9}{'s/image':>10}"
     lines = [head, "-" * len(head)]
     for r in rows:
         lines.append(
-            f"{r.seeds:<14}{r.method:<12}{r.best:>7.1f}{r.best_threshold:>6.2f}{r.label_free:>12.1f}"
-            f"{r.best - r.label_free:>7.1f}{r.seconds:>10.4f}{r.images:>8}"
+            f"{r.seeds:<14}{r.method:<18}{r.best:>7.1f}{r.best_threshold:>6.2f}{r.label_free:>12.1f}"
+            f"{r.best - r.label_free:>7.1f}{f'{r.wins} of {r.images}':>9}{r.seconds:>10.4f}"
         )
     return "\n".join(lines)
+
+
+def draw(pictures: list[Picture], data: Path, evaluations: list[Evaluation]) -> Image.Image:
+    """A line a picture and kind of seed: photograph, ground truth, the label-free labels of every method."""
+    palette = [(int(r), int(g), int(b)) for r, g, b in voc_palette()]
+    lines = []
+    for folder in dict.fromkeys(evaluation.row.seeds for evaluation in evaluations):
+        own = [evaluation for evaluation in evaluations if evaluation.row.seeds == folder]
+        seeded = [picture for picture in pictures if (data / folder / f"{picture.name}.npz").exists()]
+        for i, picture in enumerate(seeded):
+            photograph = picture.rgb[0].permute(1, 2, 0).contiguous().numpy()
+            panels = [photograph]
+            for label in (picture.truth, *(evaluation.labels[i] for evaluation in own)):
+                ids = [c for c in torch.unique(label).tolist() if 0 < c < IGNORE]
+                index = np.zeros(CLASSES, dtype=np.int64)
+                index[ids] = 1 + np.arange(len(ids))
+                panels.append(overlay_label(photograph, index[label.numpy()], [palette[c] for c in ids]))
+            lines.append(Line(f"{picture.name}, {folder}", "", panels))
+    names = list(dict.fromkeys(evaluation.row.method for evaluation in evaluations))
+    return sheet("Labels without any threshold chosen", ["photograph", "ground truth", *names], lines, width=240)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -158,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", help="seed folders inside DATA (default: every folder with .npz files)")
     parser.add_argument("--methods", nargs="+", choices=[name for name, _ in METHODS], help="default: all")
     parser.add_argument("--limit", type=int, help="only the first N pictures")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the labels of every row, one line a seed")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row instead of the table")
     options = parser.parse_args(argv)
 
@@ -173,10 +226,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     pictures = [read_picture(data, name) for name in image_ids(data)[: options.limit]]
     chosen = [(name, arguments) for name, arguments in METHODS if not options.methods or name in options.methods]
-    rows = []
+    evaluations = []
     for folder in folders:
-        rows.append(evaluate(pictures, data, folder, "(seeds)", None))
-        rows.extend(evaluate(pictures, data, folder, name, arguments) for name, arguments in chosen)
+        seeds = evaluate(pictures, data, folder, "(seeds)", None)
+        evaluations += [seeds, *(evaluate(pictures, data, folder, *method, seeds) for method in chosen)]
+    rows = [evaluation.row for evaluation in evaluations]
+    if options.picture is not None:
+        draw(pictures, data, evaluations).save(options.picture)
     print("\n".join(json.dumps(asdict(row)) for row in rows) if options.json else table(rows))
     return 0
 

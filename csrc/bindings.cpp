@@ -5,12 +5,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <array>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "boundary_affinity.h"
 #include "common/isa.h"
 #include "common/neighbourhood.h"
+#include "dense_crf.h"
 #include "local_affinity.h"
 #include "mask_vote.h"
 #include "random_walk.h"
@@ -23,6 +27,17 @@ using wsss::WalkOptions;
 using wsss::WalkShape;
 
 namespace {
+
+void boundary_affinity(Address boundary, Address out, int64_t batch, int64_t height, int64_t width, int radius,
+                       int threads) {
+  wsss::boundary_affinity_cpu(at(boundary), at(out), {batch, height, width}, radius, threads);
+}
+
+void boundary_affinity_backward(Address grad, Address boundary, Address grad_boundary, int64_t batch, int64_t height,
+                                int64_t width, int radius, int threads) {
+  wsss::boundary_affinity_backward_cpu(at(grad), at(boundary), at(grad_boundary), {batch, height, width}, radius,
+                                       threads);
+}
 
 void local_affinity(Address feats, Address out, Address scales, int64_t batch, int64_t dim, int64_t height,
                     int64_t width, int radius, bool cosine, double scale, bool cropped, int threads) {
@@ -85,6 +100,21 @@ std::pair<bool, std::vector<double>> walk_gradient_method(int64_t steps, int sol
   return {wsss::gradient_in_double(options), wsss::gradient_series(options)};
 }
 
+// gaussian: sigma x, y, compat. bilateral: sigma x, y, r, g, b, compat.
+void dense_crf(Address image, Address unary, Address out, int64_t batch, int64_t labels, int64_t height, int64_t width,
+               int64_t iterations, const std::array<float, 3>& gaussian, const std::array<float, 6>& bilateral,
+               int threads) {
+  wsss::CrfOptions options{iterations, {gaussian[0], gaussian[1]}, gaussian[2], {}, bilateral[5]};
+  std::copy_n(bilateral.begin(), 5, options.bilateral_sigma);
+  wsss::dense_crf_cpu(at(image), at(unary), at(out), wsss::CrfShape{batch, labels, height, width}, options, threads);
+}
+
+void dense_energy(Address image, Address probs, Address roi, Address loss, Address slope, int64_t batch, int64_t labels,
+                  int64_t height, int64_t width, const std::array<float, 5>& sigma, int threads) {
+  wsss::dense_energy_cpu(at(image), at(probs), at(roi), at(loss), at(slope),
+                         wsss::CrfShape{batch, labels, height, width}, sigma.data(), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -104,6 +134,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef WSSS_WITH_CUDA
   bind_cuda(m);
 #endif
+  m.def("boundary_affinity", &boundary_affinity, without_gil);
+  m.def("boundary_affinity_backward", &boundary_affinity_backward, without_gil);
   m.def("local_affinity", &local_affinity, without_gil);
   m.def("local_affinity_backward", &local_affinity_backward, without_gil);
   m.def("random_walk", &random_walk, without_gil);
@@ -111,6 +143,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("region_boxes", &region_boxes, without_gil);
   m.def("segment_vote", &segment_vote, without_gil);
   m.def("mask_vote", &mask_vote, without_gil);
+  m.def("dense_crf", &dense_crf, without_gil);
+  m.def("dense_energy_loss", &dense_energy, without_gil);
   m.def("walk_method", &walk_method);
   m.def("walk_gradient_method", &walk_gradient_method);
 }

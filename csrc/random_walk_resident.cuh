@@ -223,10 +223,9 @@ __device__ __forceinline__ void load_links(const ResidentWalk& walk, const float
 
 // (P x)_i at a thread's pixels; `from` is the first column the leftmost one needs.
 //   exact: the difference form x_i + sum_j W_ij (x_j - x_i) / d_i, whose rounding is relative to what x changes nearby
-//   else:  r + (x_i - r + sum_j W_ij (x_j - r)) / d_i with r = x at one of the pixels. It keeps constants too, and a
-//   loaded
-//          value costs one subtraction instead of one a link; but where r lies across an edge its rounding, the same in
-//          every step, adds up to some 3e-5 in 256 steps, which float16 weights exceed anyway.
+//   else:  r + (x_i - r + sum_j W_ij (x_j - r)) / d_i with r = x at one of the pixels: it keeps constants too, and a
+//          loaded value costs one subtraction instead of one a link. But where r lies across an edge its rounding, the
+//          same in every step, adds up to some 1e-4 in 256 steps, which float16 weights exceed anyway.
 template <class Weight>
 __device__ __forceinline__ void multiply(Links<Weight>& links, const float (&inverse)[Links<Weight>::kPixels],
                                          const float* from, int pitch, float (&product)[Links<Weight>::kPixels]) {

@@ -22,6 +22,10 @@ FORMS = ("cluster", "grid", "phases")
 CLUSTERS = {"sm_count": 16}
 NO_CLUSTERS = {"sm_count": 8, "clusters": False, "capability": 80}
 NO_BARRIERS = {"sm_count": 8, "clusters": False, "cooperative": False, "capability": 75}
+every_form = pytest.mark.parametrize(
+    "form, machine", [("cluster", CLUSTERS), ("grid", NO_CLUSTERS), ("phases", NO_BARRIERS)], ids=FORMS
+)
+TWO_BLOCKS = (26, 33)  # more pixels than one block owns, whose form is a cluster of one on any device
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +159,12 @@ def test_cases_cover_what_they_say(library, scenes):
 
 
 @pytest.mark.parametrize("order", runner.ORDERS)
-@pytest.mark.parametrize("machine", [CLUSTERS, NO_CLUSTERS, NO_BARRIERS], ids=["cluster", "grid", "phases"])
-def test_any_order_of_threads(machine, order, library, scenes):
-    maps, affinity = inputs(scenes, 1, 2, 23, 34, seed=1)
+@every_form
+def test_any_order_of_threads(form, machine, order, library, scenes):
+    maps, affinity = inputs(scenes, 1, 2, *TWO_BLOCKS, seed=1)
     with library.run(order=order, **machine) as gpu:
-        out, _ = walk(gpu, maps, affinity, steps=12)
+        out, chosen = walk(gpu, maps, affinity, steps=12)
+    assert chosen.form == form
     with library.run(order="forward", **machine) as gpu:
         assert torch.equal(out, walk(gpu, maps, affinity, steps=12)[0])
 
@@ -179,43 +184,47 @@ def test_power_stays_within_1e_5(machine, library, scenes):
         check(gpu, maps, affinity, error=1e-5, steps=256, beta=10.0, solver="power")
 
 
-@pytest.mark.parametrize("machine", [CLUSTERS, NO_CLUSTERS, NO_BARRIERS], ids=["cluster", "grid", "phases"])
-def test_absent_maps_cost_nothing_and_stay_zero(machine, library, scenes):
-    maps, affinity = inputs(scenes, 2, 3, 21, 33)
+@every_form
+def test_absent_maps_cost_nothing_and_stay_zero(form, machine, library, scenes):
+    maps, affinity = inputs(scenes, 2, 3, *TWO_BLOCKS)
     maps[:, 1] = 0
     maps[1] = 0
     with library.run(**machine) as gpu:
-        out, _ = walk(gpu, maps, affinity, steps=9)
+        out, chosen = walk(gpu, maps, affinity, steps=9)
+    assert chosen.form == form
     assert (out[:, 1] == 0).all() and (out[1] == 0).all()
     assert (out - expected(maps, affinity, steps=9)).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("machine", [CLUSTERS, NO_CLUSTERS, NO_BARRIERS], ids=["cluster", "grid", "phases"])
-def test_constant_maps_stay_what_they_are(machine, library, scenes):
-    _, affinity = inputs(scenes, 1, 1, 12, 33)
-    maps = torch.full((1, 2, 12, 33), 0.7)
+@every_form
+def test_constant_maps_stay_what_they_are(form, machine, library, scenes):
+    _, affinity = inputs(scenes, 1, 1, *TWO_BLOCKS)
+    maps = torch.full((1, 2, *TWO_BLOCKS), 0.7)
     with library.run(**machine) as gpu:
-        assert torch.equal(walk(gpu, maps, affinity, solver="power", steps=40)[0], maps)
+        out, chosen = walk(gpu, maps, affinity, solver="power", steps=40)
+    assert chosen.form == form and torch.equal(out, maps)
 
 
-@pytest.mark.parametrize("machine", [CLUSTERS, NO_CLUSTERS, NO_BARRIERS], ids=["cluster", "grid", "phases"])
-def test_nan_stays_in_its_image_and_map(machine, library, scenes):
-    maps, affinity = inputs(scenes, 3, 2, 12, 33)
+@every_form
+def test_nan_stays_in_its_image_and_map(form, machine, library, scenes):
+    maps, affinity = inputs(scenes, 3, 2, *TWO_BLOCKS)
     clean = expected(maps, affinity, steps=9)
     maps[0, 1, 3, 4] = math.nan
     affinity[1, 5, 6, 7] = math.nan
     with library.run(**machine) as gpu:
-        out, _ = walk(gpu, maps, affinity, steps=9)
+        out, chosen = walk(gpu, maps, affinity, steps=9)
+    assert chosen.form == form
     assert (out[0, 0] - clean[0, 0]).abs().max() <= 1e-4 and (out[2] - clean[2]).abs().max() <= 1e-4
     assert out[0, 1].isnan().any() and out[1].isnan().any()
 
 
-@pytest.mark.parametrize("machine", [CLUSTERS, NO_CLUSTERS, NO_BARRIERS], ids=["cluster", "grid", "phases"])
-def test_links_out_of_the_map_are_never_read_into_the_result(machine, library, scenes):
-    maps, affinity = inputs(scenes, 1, 1, 12, 33)
-    garbage = torch.where(pair_exists(12, 33, 5, "full", affinity.device), affinity, math.nan)
+@every_form
+def test_links_out_of_the_map_are_never_read_into_the_result(form, machine, library, scenes):
+    maps, affinity = inputs(scenes, 1, 1, *TWO_BLOCKS)
+    garbage = torch.where(pair_exists(*TWO_BLOCKS, 5, "full", affinity.device), affinity, math.nan)
     with library.run(**machine) as gpu:
-        out, _ = walk(gpu, maps, garbage, steps=9)
+        out, chosen = walk(gpu, maps, garbage, steps=9)
+    assert chosen.form == form
     assert (out - expected(maps, affinity, steps=9)).abs().max() <= 1e-4
 
 

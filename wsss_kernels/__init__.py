@@ -5,7 +5,16 @@ from wsss_kernels.crf_labels import affinity_labels, confident_labels
 from wsss_kernels.info import info
 from wsss_kernels.labels import background_threshold, labels_from_maps
 from wsss_kernels.neighbours import neighbour_offsets
-from wsss_kernels.ops import attention_walk, local_affinity, mask_vote, random_walk
+from wsss_kernels.ops import (
+    attention_walk,
+    boundary_affinity,
+    dense_crf,
+    dense_energy_loss,
+    local_affinity,
+    mask_vote,
+    random_walk,
+)
+from wsss_kernels.ops.dense_crf import unary_from_labels, unary_from_probabilities
 from wsss_kernels.refine import refine_cams
 
 __version__ = "0.1.0"
@@ -15,7 +24,10 @@ __all__ = [
     "affinity_labels",
     "attention_walk",
     "background_threshold",
+    "boundary_affinity",
     "confident_labels",
+    "dense_crf",
+    "dense_energy_loss",
     "info",
     "labels_from_maps",
     "local_affinity",
@@ -24,4 +36,6 @@ __all__ = [
     "random_walk",
     "reference",
     "refine_cams",
+    "unary_from_labels",
+    "unary_from_probabilities",
 ]

@@ -30,6 +30,7 @@ GPU_KERNELS = os.environ.get("WSSS_GPU_KERNELS", "")
 if GPU_KERNELS not in ("", "cuda", "triton"):
     raise ValueError(f"WSSS_GPU_KERNELS must be cuda or triton, got {GPU_KERNELS}")
 
+NO_GPU_KERNEL: set[str] = set()  # ops that run the reference on every GPU
 _warned: set[tuple[str, str]] = set()
 
 
@@ -41,6 +42,8 @@ def gpu_kernel(name: str, device_index: int | None = None) -> tuple[str, str]:
     """
     if native is None:  # the Triton kernels take the choice of solver from it too
         return "reference", native_absence
+    if name in NO_GPU_KERNEL:
+        return "reference", f"{name} has no GPU kernel yet"
     reasons = []
     if GPU_KERNELS != "triton":
         reason = _why_no_cuda(name, device_index)

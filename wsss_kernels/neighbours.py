@@ -51,3 +51,18 @@ def neighbour_offsets(radius: int = 5) -> list[tuple[int, int]]:
 def neighbour_count(radius: int) -> int:
     """K of a valid radius."""
     return len(_OFFSETS[radius])
+
+
+def neighbour_path(offset: tuple[int, int]) -> list[tuple[int, int]]:
+    """Pixels (dy, dx) on the way from a neighbour back to the pixel, both ends included.
+
+    All whole points of the box the two span that lie less than a pixel off the line between them, sorted by descending
+    |dy| + |dx|, equal ones row-major: the neighbour comes first. A diagonal step thus holds both pixels it passes
+    between, so that no path slips through a diagonal line.
+
+    Source: Ahn, Cho and Kwak, CVPR 2019, section 4.2, and the published code's order.
+    """
+    dy, dx = offset
+    box = [(y, x) for y in range(min(0, dy), max(0, dy) + 1) for x in range(min(0, dx), max(0, dx) + 1)]
+    near = [(y, x) for y, x in box if (dy * x - dx * y) ** 2 < dy * dy + dx * dx]
+    return sorted(near, key=lambda point: -abs(point[0]) - abs(point[1]))

@@ -86,6 +86,47 @@ def test_16_bit_grey_by_hand(tmp_path, suffix):
     assert picture.tolist() == [[[v] * 3 for v in (0, 1, 255, 0, 1)]]
 
 
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_fewer_bits_in_a_file_of_16(tmp_path, bits):
+    values = np.array([[0, (2**bits - 1) // 2, 2**bits - 1]], dtype=np.uint16)
+    picture = files.read_picture(saved(tmp_path / "a.png", Image.fromarray(values)))
+    assert picture[0, :, 0].tolist() in ([0, 127, 255], [0, 128, 255])
+
+
+def test_arrays_as_pictures(tmp_path):
+    def read(values):
+        np.save(tmp_path / "a.npy", values)
+        return files.read_picture(tmp_path / "a.npy")
+
+    assert np.array_equal(read(RGB), RGB)
+    assert np.array_equal(read(RGB.transpose(2, 0, 1)), RGB)  # bands first
+    assert np.array_equal(read(np.concatenate([RGB, RGB], axis=2)), RGB)  # six bands: the first three
+    assert np.array_equal(read(RGB[..., 0]), RGB[..., :1].repeat(3, axis=2))
+    assert np.array_equal(read(RGB.astype(np.uint16) * 257), RGB)
+    ramp = np.linspace(-3, 5, 101, dtype=np.float32).reshape(1, 101, 1).repeat(4, axis=0)
+    shown = read(ramp)[0, :, 0]
+    assert shown[:3].tolist() == [0, 0, 0] and shown[-3:].tolist() == [255, 255, 255] and shown[50] in (127, 128)
+    assert read(np.full((4, 5), 7.0)).shape == (4, 5, 3)  # flat
+    assert files.read_bands(tmp_path / "a.npy").shape == (4, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.zeros((2, 3, 4, 5)), "got shape"),
+        (np.zeros((0, 3, 4)), "got shape"),
+        (np.full((3, 4), np.nan), "12 NaN or infinite of 12"),
+        (np.zeros((3, 4), dtype=complex), "real numbers"),
+        (np.array([{}]), "pickle"),
+        (np.zeros((10_000, 9_500), dtype=np.uint8), "at most 89,000,000 pixels, got 9500 x 10000"),
+    ],
+)
+def test_refused_arrays(tmp_path, values, reason):
+    np.save(tmp_path / "a.npy", values, allow_pickle=True)
+    with pytest.raises(FileError, match=rf"a\.npy: .*{reason}"):
+        files.read_picture(tmp_path / "a.npy")
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation(tmp_path, orientation):
     upright = np.zeros((16, 24, 3), dtype=np.uint8)

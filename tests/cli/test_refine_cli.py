@@ -1,6 +1,5 @@
 """`wsss refine`: what it writes, what it refuses, and what a crash leaves behind."""
 
-import argparse
 import errno
 import itertools
 import os
@@ -15,10 +14,9 @@ import torch
 
 pytest.importorskip("PIL")
 from PIL import Image
+from wsss_models.cli import pictures, refine_jobs
 from wsss_models.cli import refine as module
-from wsss_models.cli import refine_jobs
 from wsss_models.cli.main import main
-from wsss_models.cli.progress import Progress
 from wsss_models.data import artefacts, files
 
 import wsss_kernels as wk
@@ -105,6 +103,75 @@ def test_features_are_used_with_the_picture_as_guide(tmp_path, capsys):
     feats = torch.from_numpy(files.read_features(tmp_path / "feats" / "p01.npy"))
     maps = wk.refine_cams(torch.from_numpy(cams), feats, guide=picture, size="guide")
     assert np.abs(files.read_maps(tmp_path / "maps" / "p01.npz")[1] - maps.numpy()).max() < 1e-3
+
+
+def test_a_chain_starts_on_the_features(tmp_path):
+    make_set(tmp_path, 1, feats=True)
+    more = ("--feats", f"{tmp_path}/feats", "--method", "affinity,image", "--maps")
+    picture = torch.from_numpy(files.read_picture(tmp_path / "images" / "p00.png")).permute(2, 0, 1)
+    cams = torch.from_numpy(files.read_maps(tmp_path / "cams" / "p00.npz")[1])
+    feats = torch.from_numpy(files.read_features(tmp_path / "feats" / "p00.npy"))
+    first = wk.refine_cams(cams, feats, guide=picture, size="guide")
+    for size, shape in (("image", (40, 56)), ("cams", (5, 6)), ("20x30", (20, 30))):
+        assert refine(tmp_path, *more, "--size", size, out=f"out-{size}") == 0
+        written = files.read_maps(tmp_path / f"out-{size}" / "p00.npz")[1]
+        assert written.shape == (2, *shape)
+        if size == "image":
+            expected = wk.refine_cams(first, picture, method="image", size="feats")
+            assert np.abs(written - expected.numpy()).max() < 1e-3
+
+
+def test_affinity_without_features_walks_on_colours(tmp_path):
+    make_set(tmp_path, 1)
+    assert refine(tmp_path, "--method", "affinity") == 0
+    assert refine(tmp_path, "--method", "image", out="other") == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "other")
+
+
+def test_bands_beyond_three_are_walked_on(tmp_path):
+    """The object shows in the fifth band only."""
+    make_set(tmp_path, 1)
+    (tmp_path / "images" / "p00.png").unlink()
+    ys, xs = np.mgrid[:40, :56]
+    disc = (ys - 20) ** 2 + (xs - 28) ** 2 < (40 / 3) ** 2
+    bands = np.random.default_rng(0).normal(300, 2, (5, 40, 56)).astype(np.float32)
+    bands[4] += 40 * disc
+    np.save(tmp_path / "images" / "p00.npy", bands)
+    for more in ((), ("--tile", "48", "--overlap", "8")):
+        assert refine(tmp_path, *more, out=f"out{len(more)}") == 0
+        written = label(tmp_path / f"out{len(more)}" / "p00.png")
+        assert ((written == 5) & disc).sum() / ((written == 5) | disc).sum() > 0.85
+
+
+@pytest.mark.parametrize("tile, overlap", [(24, 8), (32, 16), (40, 0)])
+def test_tiles(tmp_path, tile, overlap):
+    """A picture of one tile is refined as without; of several, nearly as the whole."""
+    make_set(tmp_path, 4)
+    assert refine(tmp_path, "--maps") == 0
+    assert refine(tmp_path, "--maps", "--tile", "64", "--overlap", "8", out="one") == 0
+    assert refine(tmp_path, "--maps", "--tile", f"{tile}", "--overlap", f"{overlap}", out="many") == 0
+    for name in ("p00", "p01", "p02", "p03"):
+        whole, one, many = (files.read_maps(tmp_path / out / f"{name}.npz")[1] for out in ("out", "one", "many"))
+        assert np.abs(one - whole).max() < 2e-3
+        assert many.max() == 1 and many.shape == whole.shape
+        labels = [label(tmp_path / out / f"{name}.png") for out in ("out", "one", "many")]
+        assert (labels[0] == labels[1]).mean() > 0.995
+        assert (labels[0] == labels[2]).mean() > 0.9
+
+
+def test_sheet(tmp_path, capsys):
+    make_set(tmp_path, 3)
+    (tmp_path / "images" / "p01.png").write_bytes(b"")
+    np.savez(tmp_path / "cams" / "p02.npz", class_ids=np.zeros(0, dtype=int), cams=np.zeros((0, 5, 6)))
+    more = ("--sheet", f"{tmp_path}/sheet.png", "--compare", "image,image", "--compare", "affinity")
+    assert refine(tmp_path, *more) == 1
+    assert "2 pictures on the sheet" in capsys.readouterr().out
+    with Image.open(tmp_path / "sheet.png") as page:
+        assert page.width == 14 + 4 * (320 + 14)  # photograph, seed, image, image + image; affinity is image here
+        colours = {colour for _, colour in page.convert("RGB").getcolors(1 << 24)}
+    assert tuple(files.voc_palette()[5]) in colours  # the outline of class 5
+    assert refine(tmp_path, *more) == 1  # nothing left to refine, and the sheet again
+    assert "2 pictures on the sheet" in capsys.readouterr().out
 
 
 def test_batch_workers_and_shards_change_no_byte(tmp_path):
@@ -203,17 +270,17 @@ def test_one_culprit_in_a_batch_does_not_take_the_others_along(tmp_path, capsys,
             raise RuntimeError("out of memory")
         return refine_jobs.refine_together(batch, *rest)
 
-    def in_batches(pool, jobs, settings, num_classes):
-        arguments = argparse.Namespace(batch=4, num_classes=num_classes)
-        failed = module.Failures(Progress(6), False, tallies[-1])
-        return module._batched(pool, jobs, settings, arguments, torch.device("cpu"), failed)
+    class OnCpu:  # what the engine is given; the launcher sees another device
+        type = "gpu"
 
-    tallies = []
-    tally = module.Tally
-    monkeypatch.setattr(module, "Tally", lambda: tallies.append(tally()) or tallies[-1])
+    def as_on_a_gpu(pool, jobs, settings, arguments, device, failed):
+        return batched(pool, jobs, settings, arguments, torch.device("cpu"), failed)
+
+    batched = module._batched
+    monkeypatch.setattr(pictures, "torch_device", lambda name: OnCpu())
+    monkeypatch.setattr(module, "_batched", as_on_a_gpu)
     monkeypatch.setattr(module, "refine_together", fails_on_p03)
-    monkeypatch.setattr(module, "_whole_pictures", in_batches)
-    assert refine(tmp_path) == 1
+    assert refine(tmp_path, "--batch", "4") == 1
     captured = capsys.readouterr()
     assert "failed: p03: out of memory" in captured.err
     assert "5 written, 1 failed" in captured.out
@@ -269,7 +336,12 @@ def test_symlinks_out_of_the_folders(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--method", "affinity"], "needs --feats"),
+        (["--method", "image,affinity", "--feats", "feats"], "must come first"),
+        (["--compare", "image"], "give --sheet FILE too"),
+        (["--sheet", "s.png", "--compare", "magic"], "method must be one of"),
+        (["--tile", "8"], "--tile must be at least 16"),
+        (["--tile", "64", "--overlap", "33"], "--overlap must be in 0..32"),
+        (["--tile", "64", "--overlap", "8", "--size", "cams"], "labels of the picture's size"),
         (["--method", "magic"], "method must be one of"),
         (["--method", ""], "method must be one of"),
         (["--background", "2"], "--background must be auto or a number"),
@@ -298,7 +370,7 @@ def test_wrong_folders(tmp_path, capsys):
     assert refine(tmp_path, "--maps", f"{tmp_path}/cams") == 2
     assert refine(tmp_path / "nowhere") == 2
     assert refine(tmp_path, "--feats", f"{tmp_path}/feats", "--method", "image") == 2
-    assert refine(tmp_path, "--feats", f"{tmp_path}/feats", "--method", "affinity,image") == 2
+    assert refine(tmp_path, "--feats", f"{tmp_path}/feats", "--tile", "256") == 2
     (tmp_path / "file").write_bytes(b"")
     assert refine(tmp_path, out="file") == 2
     assert capsys.readouterr().err.count("wsss refine: error: ") == 7
@@ -387,7 +459,7 @@ def test_interrupt(tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_finish", interrupted)
+    monkeypatch.setattr(pictures, "finish", interrupted)
     assert refine(tmp_path) == 130
     assert "continues where it stopped" in capsys.readouterr().err
 

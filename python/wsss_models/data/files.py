@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from wsss_models.data.artefacts import SETTINGS_KEY, FileError, write_atomically
+from wsss_models.data.bands import arrange, as_rgb, to_8_bits
 from wsss_models.data.palette import voc_palette
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".npy")
 MAX_PIXELS = 89_000_000  # 9,400 x 9,400, 270 MB as RGB; just under where Pillow itself starts to warn
 MAX_CLASS_ID = 254  # labels are 8 bit; 255 means "ignore"
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")  # none that runs another program or opens other files
@@ -36,11 +37,12 @@ def read_picture(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
     """A picture as RGB, upright.
 
     Grey becomes three equal channels, CMYK and palettes are converted, alpha is dropped (as training code does, so the
-    colours are those the network saw). 16-bit grey is divided by 257. The EXIF rotation is applied: maps belong to
-    the picture as it is looked at. Of an animation the first frame.
+    colours are those the network saw). 16-bit grey is scaled by its bit depth (`bands.to_8_bits`). The EXIF rotation is
+    applied: maps belong to the picture as it is looked at. Of an animation the first frame. An array is shown as
+    `bands.as_rgb` says; `read_bands` gives all of it.
 
     Args:
-        path: JPEG, PNG, BMP, TIFF, WebP, GIF or PPM; what it is decides its content, not its name.
+        path: JPEG, PNG, BMP, TIFF, WebP, GIF or PPM, which its content decides, not its name; or .npy.
         max_pixels: width x height above which it is refused before it is unpacked.
 
     Returns:
@@ -54,6 +56,8 @@ def read_picture(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
         (375, 500, 3)
     """
     path = Path(path)
+    if path.suffix.lower() == ".npy":
+        return as_rgb(read_bands(path, max_pixels=max_pixels))
     try:
         if path.stat().st_size == 0:
             raise FileError(path, "the file is empty (0 bytes)")
@@ -76,6 +80,27 @@ def read_picture(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarra
         raise FileError(path, "not enough memory to unpack the picture") from None
     except (ValueError, SyntaxError, IndexError, TypeError, KeyError, zlib.error, ArithmeticError) as error:
         raise FileError(path, f"damaged picture ({error})") from error
+
+
+def read_bands(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """A picture with any number of bands.
+
+    Args:
+        path: .npy of real numbers, [H, W], [H, W, bands] or [bands, H, W]: of three axes the shortest is the bands.
+        max_pixels: height x width above which it is refused.
+
+    Returns:
+        np.ndarray: [H, W, bands] of the file's dtype.
+
+    Raises:
+        FileError: missing, damaged, too large, or outside this contract.
+    """
+    path = Path(path)
+    values = arrange(path, _from_npy(path, "picture", _read_bytes(path)))
+    height, width = values.shape[:2]
+    if height * width > max_pixels:
+        raise FileError(path, f"picture must have at most {max_pixels:,} pixels, got {width} x {height}")
+    return values
 
 
 def read_maps(path: Path | str, *, num_classes: int = MAX_CLASS_ID) -> tuple[np.ndarray, np.ndarray]:
@@ -227,7 +252,9 @@ def _as_rgb(image: Image.Image, path: Path) -> Image.Image:
         if values.dtype.kind not in "iu" or values.min() < 0 or values.max() > 65535:
             got = f"values {values.min()}..{values.max()} (mode {image.mode})"
             raise FileError(path, f"picture must have 8 or 16 bits a channel, got {got}")
-        return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(to_8_bits(values)).convert("RGB")
+    if image.mode == "RGB":
+        return image
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
