@@ -12,8 +12,11 @@ from torch import Tensor
 from wsss_kernels import _check
 from wsss_kernels.colour import check_picture, grid_size, walk_features
 from wsss_kernels.labels import background_threshold
-from wsss_kernels.ops import attention_walk, dense_crf, local_affinity, mask_vote, random_walk
-from wsss_kernels.ops.mask_vote import check_segments
+from wsss_kernels.ops.attention_walk import attention_walk
+from wsss_kernels.ops.dense_crf import dense_crf
+from wsss_kernels.ops.local_affinity import local_affinity
+from wsss_kernels.ops.mask_vote import check_segments, mask_vote
+from wsss_kernels.ops.random_walk import random_walk
 
 Size = tuple[int, int]
 Reader = Callable[[str, Any, bool], Any]  # name, argument, whether of a single image -> the argument with a batch
