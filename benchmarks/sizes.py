@@ -41,6 +41,8 @@ CROP = Size("crop 56x56 batch 8", 56, 56, batch=8)  # AffinityNet's training: 44
 CROP_2 = Size("crop 56x56 batch 2", 56, 56, batch=2)
 LARGE = Size("256x256", 256, 256, dim=64)
 HUGE = Size("1024x1024", 1024, 1024, dim=1)
+TOKENS = Size("tokens 32x32", 32, 32)  # a 512x512 crop in patches of 16
+PHOTOGRAPH = Size("photograph", 375, 500, dim=1)  # the most common picture of PASCAL VOC
 GPU_SIZES = (PSA, IRN, SQUARE)
 GPU_BATCHES = (1, 16, 256)
 PICTURE = (375, 500)  # pixels, height and width of the most common PASCAL VOC picture

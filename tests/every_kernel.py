@@ -1,6 +1,6 @@
 """Calls every kernel on small inputs and compares with the CPU: a short run for compute-sanitizer.
 
-python tests/every_kernel.py [walk] [affinity] [refine] [--device cuda]
+python tests/every_kernel.py [walk] [affinity] [attention] [vote] [refine] [--device cuda]
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ def rand(*shape, seed=0, dtype=torch.float32):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def compare(name, op, inputs, device):
+def compare(name, op, inputs, device, *, gradients=True):
     """op(*inputs) and the gradients of its sum, on the device and on the CPU."""
     results = []
     for place in (device, torch.device("cpu")):
         leaves = [x.to(place, copy=True).requires_grad_() for x in inputs]
         out = op(*leaves)
-        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+        results.append([out, *(torch.autograd.grad(out, leaves, torch.ones_like(out)) if gradients else ())])
         with torch.no_grad():
             results[-1].append(op(*leaves))  # past torch's dispatcher
     for got, wanted in zip(*results, strict=True):
@@ -63,6 +63,43 @@ def walk(device):
         )
 
 
+def attention(device):
+    for (*shape, dtype), squarings in itertools.product(
+        ((2, 3, 5, 7, torch.float32), (1, 2, 40, 41, torch.float32), (1, 1, 6, 6, torch.float16)), (0, 1, 3)
+    ):
+        batch, _, height, width = shape
+        tokens = rand(batch, height * width, height * width, seed=1)
+        compare(
+            f"attention walk {shape} {dtype} squarings {squarings}",
+            lambda x: wk.attention_walk(x, tokens.to(x.device), squarings=squarings),  # noqa: B023
+            [rand(*shape, dtype=dtype)],
+            device,
+        )
+
+
+def vote(device):
+    for (*shape, dtype), reduce in itertools.product(
+        ((2, 3, 5, 7, torch.float32), (1, 5, 60, 61, torch.float32), (1, 1, 6, 6, torch.float16)), ("mean", "max")
+    ):
+        batch, _, height, width = shape
+        segments = (20 * rand(batch, height, width, seed=1)).long() - 1
+        masks = [rand(count + 1, height, width, seed=count) > 0.7 for count in range(batch)]
+        compare(
+            f"vote of segments {shape} {dtype} {reduce}",
+            lambda x: wk.mask_vote(x, segments.to(x.device), reduce=reduce),  # noqa: B023
+            [rand(*shape, dtype=dtype)],
+            device,
+            gradients=False,
+        )
+        compare(
+            f"vote of masks {shape} {dtype} {reduce}",
+            lambda x: wk.mask_vote(x, [image.to(x.device) for image in masks], reduce=reduce),  # noqa: B023
+            [rand(*shape, dtype=dtype)],
+            device,
+            gradients=False,
+        )
+
+
 def refine(device):
     compare(
         "refine_cams",
@@ -73,7 +110,7 @@ def refine(device):
 
 
 def main(argv: list[str] | None = None) -> None:
-    groups = {"affinity": affinity, "walk": walk, "refine": refine}
+    groups = {"affinity": affinity, "walk": walk, "attention": attention, "vote": vote, "refine": refine}
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(groups)} (default: all)")
     parser.add_argument("--device", default="cuda", type=torch.device)

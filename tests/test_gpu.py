@@ -72,6 +72,8 @@ def shape(request):
 def test_no_op_runs_the_reference():
     kernels = info()["ops"]
     wanted = {os.environ["WSSS_GPU_KERNELS"]} if os.environ.get("WSSS_GPU_KERNELS") else {"cuda", "triton"}
+    for op, direction in (("attention_walk", "forward"), ("attention_walk", "backward"), ("mask_vote", "forward")):
+        assert kernels[op]["cuda"][direction]["kernel"] == "triton"
     for op in OPS:
         for direction in ("forward", "backward"):
             assert kernels[op]["cuda"][direction]["kernel"] in wanted, kernels[op]["cuda"][direction]

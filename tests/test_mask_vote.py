@@ -1,5 +1,9 @@
 """mask_vote against NumPy in float64."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -165,6 +169,28 @@ def test_batch_and_classes_do_not_change_a_bit():
         for c in range(4):
             alone = wsss_kernels.mask_vote(maps[b : b + 1, c : c + 1], segments[b : b + 1])
             assert torch.equal(alone[0, 0], together[b, c])
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_instruction_sets(isa, tmp_path, assert_close):
+    order = ["baseline", "avx2", "avx512"]
+    if order.index(isa) > order.index(wsss_kernels.info()["cpu"]["isa"]):
+        pytest.skip(f"this processor or build has no {isa}")
+    inputs = tmp_path / "inputs.pt"
+    maps, segments, masks = rand(1, 3, 61, 67), superpixels(1, 61, 67, 7), masks_of([4], 61, 67)
+    torch.save([maps, segments, masks], inputs)
+    script = f"""
+import torch, wsss_kernels as wk
+assert wk.info()["cpu"]["isa"] == {isa!r}
+maps, segments, masks = torch.load({str(inputs)!r})
+out = [wk.mask_vote(maps, given, reduce=reduce) for given in (segments, masks) for reduce in ("mean", "max")]
+torch.save(out, {str(tmp_path / "out.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"WSSS_CPU_ISA": isa}, check=True)
+    wanted = [oracle(maps, given, reduce) for given in (segments, masks) for reduce in ("mean", "max")]
+    for out, expected in zip(torch.load(tmp_path / "out.pt"), wanted, strict=True):
+        assert_close(out, expected)
 
 
 def test_dtypes(wk, assert_close, dtype):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from wsss_kernels.colour import grid_size, walk_features
-from wsss_kernels.methods import METHODS
 
 
 def close(actual: Tensor, expected: Tensor, tol: float = 1e-5) -> None:
@@ -90,28 +88,6 @@ def test_several_methods_in_turn(wk, cams, picture):
     once = wk.refine_cams(cams, picture, method="image", size="feats", normalize=None)
     twice = wk.refine_cams(once, picture, method="image", size=(12, 17), normalize=None)
     close(wk.refine_cams(cams, picture, method=("image", "image"), normalize=None), twice)
-
-
-def softmax_stage(maps: Tensor, picture: Tensor, grid: tuple[int, int], options: dict) -> Tensor:
-    return torch.softmax(maps, dim=1)
-
-
-@pytest.mark.parametrize("background", [None, 3.0])
-def test_maps_that_compete_get_a_background_and_absent_ones_stay_zero(monkeypatch, cams, feats, background):
-    stage = replace(METHODS["affinity"], run=softmax_stage, options={}, check_options=lambda _: None, background=2.0)
-    monkeypatch.setitem(METHODS, "softmax", stage)
-    labels = torch.tensor([[True, False, True], [False, True, False]])
-    refined = wk.refine_cams(
-        cams, feats, method="softmax", labels=labels, background=background, size="feats", normalize=None
-    )
-    for image, classes in enumerate(labels):
-        scores = cams[image, classes]
-        strongest = (scores / scores.amax((1, 2), keepdim=True)).amax(0, keepdim=True)
-        zeros = torch.zeros(2 - len(scores), 12, 17)  # the other image has two classes
-        shares = torch.softmax(torch.cat([(1 - strongest) ** (background or 2.0), scores, zeros]), dim=0)
-        expected = torch.zeros(4, 12, 17)
-        expected[0], expected[1:][classes] = shares[0], shares[1 : 1 + len(scores)]
-        close(refined[image], expected if background else expected[1:], 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,48 @@ def test_attention_then_vote_then_guide(wk, cams, attention, picture, segments):
     close(refined, expected, 2e-4)
 
 
+@pytest.mark.parametrize("background", [None, 3.0])
+def test_crf_is_the_op_on_shares(wk, cams, picture, background):
+    """Each image by itself, with its own classes; absent ones stay zero, the background goes unless asked for."""
+    labels = torch.tensor([[True, False, True], [False, True, False]])
+    options = {"iterations": 3, "gaussian": (2.0, 2.0), "bilateral": (30.0, 20.0, 3.0)}
+    refined = wk.refine_cams(
+        cams, picture, method="crf", labels=labels, background=background, size="feats", normalize=None, **options
+    )
+    grown = F.interpolate(cams, (30, 40), mode="bilinear", align_corners=False)
+    for image, classes in enumerate(labels):
+        scores = grown[image, classes][None]
+        if background is None:
+            rest = wk.background_threshold(scores).expand(1, 1, 30, 40)
+        else:
+            seeds = cams[image, classes]
+            strongest = (seeds / seeds.amax((1, 2), keepdim=True)).amax(0, keepdim=True)
+            rest = F.interpolate((1 - strongest)[None] ** background, (30, 40), mode="bilinear", align_corners=False)
+        stack = torch.cat([rest, scores], dim=1)
+        unary = -(stack / stack.sum(1, keepdim=True)).clamp(1e-5, 1).log()
+        marginals = wk.dense_crf(picture[image : image + 1], unary, **options)[0]
+        expected = torch.zeros(4, 30, 40)
+        expected[0], expected[1:][classes] = marginals[0], marginals[1:]
+        # The second image runs beside one with two classes, against a map of zeros: a share of 1e-5 to start with.
+        close(refined[image], expected if background else expected[1:], 1e-3)
+        assert refined[image, int(background is not None) :][~classes].eq(0).all()
+
+
+def test_walk_then_crf_of_one_picture(wk, cams, picture):
+    walked = wk.refine_cams(cams, picture, method="image", size="feats", normalize=None)
+    refined = wk.refine_cams(cams, picture, method=("image", "crf"), size="feats", normalize=None)
+    close(refined, wk.refine_cams(walked, picture, method="crf", size="feats", normalize=None), 1e-3)
+    assert refined.amax() <= 1 and refined.sum(1).amax() <= 1 + 1e-5
+    each = wk.refine_cams(list(cams), list(picture), method="crf", normalize=None)
+    close(torch.stack(each), wk.refine_cams(cams, picture, method="crf", normalize=None), 1e-5)
+    nothing = wk.refine_cams(torch.zeros_like(cams), picture, method="crf", normalize=None)
+    assert nothing.isfinite().all() and nothing.amax() < 1e-3  # all of it is background
+    assert wk.refine_cams(cams[:, :0], picture, method="crf").shape == (2, 0, 6, 8)
+    assert wk.refine_cams(cams[:0], picture[:0], method="crf").shape == (0, 3, 6, 8)
+    with pytest.raises(ValueError, match="unary"):
+        wk.refine_cams(cams.clone().requires_grad_(), picture, method="crf")
+
+
 def test_gradient_reaches_the_cams_through_attention(wk, cams, attention):
     leaf = cams.clone().requires_grad_()
     weight = rand(2, 3, 6, 8, seed=7)
@@ -181,7 +223,7 @@ def test_compiles_as_one_graph(device, cams, attention, segments):
 
 
 CAMS, ATTENTION, SEGMENTS = rand(1, 2, 3, 4), rand(1, 12, 12), torch.zeros(1, 3, 4, dtype=torch.int64)
-MASK = torch.zeros(2, 3, 4, dtype=torch.bool)
+MASK, PICTURE = torch.zeros(2, 3, 4, dtype=torch.bool), torch.zeros(1, 3, 5, 6, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -211,6 +253,13 @@ MASK = torch.zeros(2, 3, 4, dtype=torch.bool)
         ({"method": "vote", "segments": [MASK.float()]}, TypeError, r"segments\[0\] must be a bool tensor"),
         ({"method": "vote", "segments": SEGMENTS, "reduce": "sum"}, ValueError, "reduce must be one of"),
         ({"method": "vote", "segments": SEGMENTS, "size": "feats"}, ValueError, "where no method works on feats"),
+        ({"method": "crf"}, ValueError, "feats must be"),
+        ({"method": "crf", "feats": PICTURE, "gaussian": (0, 3)}, ValueError, "gaussian must be"),
+        (
+            {"method": ("image", "crf"), "feats": PICTURE, "squarings": 1},
+            TypeError,
+            "squarings is no option of method=",
+        ),
         ({"method": ("attention", "magic")}, ValueError, "method must be one of"),
         ({"method": ("attention", "vote"), "steps": 3}, TypeError, r"steps is no option of method=\('attention', 'vo"),
     ],

@@ -43,6 +43,8 @@ def everything(shapes=(((1, 6, 25, 50), 5), ((4, 3, 12, 21), 3))) -> list[torch.
             affinity = wk.local_affinity(feats, radius, metric=metric, scale="auto")
             walked = wk.random_walk(maps, affinity, radius=radius, steps=20, solver=solver, tol=tol)
             out += [affinity, walked, *torch.autograd.grad(walked.square().sum(), (maps, feats))]
+        segments = (9 * rand(batch, height, width, seed=2)).long()
+        out += [wk.mask_vote(maps, segments), wk.mask_vote(maps, [segments[:1] < 4] * batch, reduce="max")]
     return [tensor.detach() for tensor in out]
 
 
@@ -392,6 +394,24 @@ def walk_call():
         radius=(1, draw.choice([radius] * 9 + [draw.choice(NUMBERS)])), beta=(0.3, draw.choice(NUMBERS)),
         steps=(1, steps), solver=(0.5, word("power", "chebyshev", "auto")), tol=(0.3, draw.choice(NUMBERS))))
 
+def attention_call():
+    maps, attention = tensor(), None
+    if isinstance(maps, torch.Tensor) and not maps.is_nested and maps.dim() == 4 and draw.random() < 0.9:
+        n = min(maps.shape[2] * maps.shape[3], 400)
+        attention = tensor([min(maps.shape[0], 1000), n, n])
+    return wk.attention_walk(maps, tensor() if attention is None else attention, **some(
+        sinkhorn=(0.4, draw.choice([0, 1, 5, *NUMBERS[6:8], *NUMBERS[16:]])), squarings=(0.4, draw.choice(NUMBERS)),
+        box_threshold=(0.4, draw.choice([None, 0.2] + NUMBERS))))
+
+def vote_call():
+    maps, segments = tensor(), tensor()
+    if isinstance(maps, torch.Tensor) and not maps.is_nested and maps.dim() == 4 and draw.random() < 0.9:
+        size = [min(maps.shape[0], 1000), *maps.shape[2:]]
+        segments = torch.randint(-3, 9, size).to(draw.choice([torch.int64, torch.int32, torch.uint8, torch.bool]))
+        if draw.random() < 0.4:
+            segments = [torch.rand(draw.choice([0, 1, 5]), *size[1:]) > 0.5 for _ in range(size[0])]
+    return wk.mask_vote(maps, segments, **some(reduce=(0.5, word("mean", "max"))))
+
 raised = done = 0
 for call in range(calls):
     kind = draw.randrange(10)
@@ -399,7 +419,8 @@ for call in range(calls):
         if kind == 9:
             wk.neighbour_offsets(draw.choice(NUMBERS))
         else:
-            out = affinity_call() if kind < 4 else walk_call()
+            makes = [affinity_call] * 3 + [walk_call] * 4 + [attention_call, vote_call]
+            out = makes[kind]()
             if out.requires_grad and out.device.type == "cpu":
                 out.backward(torch.rand(out.shape).to(out.dtype))
         done += 1

@@ -96,3 +96,52 @@ def test_local_affinity(device, first, oracle, assert_close, nan_filled):
             grad = torch.autograd.grad(out, feats, upstream.to(device))[0]
             wanted = torch.autograd.grad(expected, exact, upstream.double())[0]
             check("gradient", grad, wanted, dtype, assert_close, case)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_attention_walk(device, first, assert_close, nan_filled):
+    for i in range(first, first + BLOCK):
+        draw = random.Random(f"attention {SEED} {i}")
+        torch.manual_seed(draw.randrange(2**31))
+        batch, height, width = draw.choice([0, 1, 1, 2, 3]), draw.randint(1, 14), draw.randint(1, 14)
+        channels, dtype = draw.choice([0, 1, 2, 5, 30]), draw.choice(list(TOLERANCE))
+        options = {"sinkhorn": draw.randint(0, 4), "squarings": draw.randint(0, 5),
+                   "box_threshold": draw.choice([None, 0.0, 0.4, 0.8])}  # fmt: skip
+        maps = odd_format(draw, torch.rand(batch, channels, height, width).pow(3).to(dtype).to(device))
+        attention = torch.softmax(3 * torch.randn(batch, height * width, height * width), dim=-1).to(dtype).to(device)
+        case = {"shape": list(maps.shape), "dtype": dtype, "case": i} | options
+        maps.requires_grad_()
+        out = wk.attention_walk(maps, attention, **options)
+        assert out.dtype == dtype and out.is_contiguous(), case
+        exact = maps.detach().double().cpu().requires_grad_()
+        expected = wk.reference.attention_walk(exact, attention.double().cpu(), **options)
+        check("result", out, expected, dtype, assert_close, case)
+        if expected.numel():
+            upstream = torch.rand(out.shape).to(dtype)
+            grad = torch.autograd.grad(out, maps, upstream.to(device))[0]
+            wanted = torch.autograd.grad(expected, exact, upstream.double())[0]
+            check("gradient", grad, wanted, dtype, assert_close, case)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_mask_vote(device, first, assert_close, nan_filled):
+    for i in range(first, first + BLOCK):
+        draw = random.Random(f"vote {SEED} {i}")
+        torch.manual_seed(draw.randrange(2**31))
+        batch, height, width = draw_sizes(draw)
+        channels, dtype, reduce = draw.randint(0, 6), draw.choice(list(TOLERANCE)), draw.choice(["mean", "max"])
+        maps = odd_format(draw, torch.rand(batch, channels, height, width).to(dtype).to(device))
+        if draw.random() < 0.5:
+            cells = torch.randint(-2, draw.choice([2, 10, 300]), (batch, height // 3 + 1, width // 3 + 1))
+            cells = cells * draw.choice([1, 1000003])
+            segments = cells.repeat_interleave(3, 1).repeat_interleave(3, 2)[:, :height, :width].to(device)
+            segments = segments.to(draw.choice([torch.int32, torch.int64]))
+        else:
+            share = draw.choice([0.1, 0.7])
+            segments = [torch.rand(draw.randint(0, 4), height, width, device=device) < share for _ in range(batch)]
+        case = {"shape": list(maps.shape), "dtype": dtype, "reduce": reduce, "case": i}
+        out = wk.mask_vote(maps, segments, reduce=reduce)
+        assert out.dtype == dtype and out.is_contiguous(), case
+        there = segments.cpu() if isinstance(segments, torch.Tensor) else [image.cpu() for image in segments]
+        expected = wk.reference.mask_vote(maps.double().cpu(), there, reduce=reduce)
+        check("result", out, expected, dtype, assert_close, case)

@@ -37,7 +37,8 @@ _warned: set[tuple[str, str]] = set()
 def gpu_kernel(name: str, device_index: int | None = None) -> tuple[str, str]:
     """What runs `name` on a GPU (None: on one this build fits): "cuda", "triton" or "reference", and why the last.
 
-    The compiled CUDA kernel first, then the Triton one; WSSS_GPU_KERNELS=cuda or triton allows one of them only.
+    The compiled CUDA kernel first, then the Triton one; WSSS_GPU_KERNELS=cuda or triton allows one of them only, for an
+    op that has both.
     """
     if native is None:  # the Triton kernels take the choice of solver from it too
         return "reference", native_absence
@@ -49,7 +50,7 @@ def gpu_kernel(name: str, device_index: int | None = None) -> tuple[str, str]:
         if not reason:
             return "cuda", ""
         reasons.append(reason)
-    if GPU_KERNELS != "cuda":
+    if GPU_KERNELS != "cuda" or (native.cuda_archs and not hasattr(native, f"{name}_cuda")):
         if importlib.util.find_spec("triton") is not None:
             return "triton", ""
         reasons.append("the package triton is not installed")
@@ -64,7 +65,7 @@ def _why_no_cuda(name: str, device_index: int | None) -> str:
     if torch.version.hip is not None:
         return "the compiled kernels are CUDA's, this torch is ROCm's"
     if not hasattr(native, f"{name}_cuda"):
-        return "the module was compiled without CUDA"
+        return f"{name} has no compiled CUDA kernel" if native.cuda_archs else "the module was compiled without CUDA"
     if device_index is not None and not native.cuda_runs_on(device_index):
         return f"the module was compiled for the CUDA architectures {native.cuda_archs}, which this GPU does not run"
     return ""

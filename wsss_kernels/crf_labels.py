@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +11,7 @@ from torch import Tensor
 from wsss_kernels import _check
 from wsss_kernels.colour import check_picture
 from wsss_kernels.labels import IGNORE, labels_from_maps
+from wsss_kernels.ops.dense_crf import dense_crf, unary_from_labels, unary_from_probabilities
 
 
 @torch.no_grad()
@@ -47,14 +46,14 @@ def confident_labels(image: Tensor, cams: Tensor, *, fg: float = 0.30, bg: float
     fg, bg = (_check.number(name, value, "a number >= 0", least=0) for name, value in (("fg", fg), ("bg", bg)))
     if bg > fg:
         raise ValueError(f"bg must be <= fg ({fg}), got {bg}")
-    crf = _dense_crf()
 
     def settle(picture: Tensor, maps: Tensor) -> Tensor:
         sure = []
         for background in (fg, bg):
             start = labels_from_maps(maps, background=background)
-            unary = crf.unary_from_labels(start, maps.shape[1] + 1, confidence=0.7)
-            q = crf.dense_crf(picture, unary, iterations=10, gaussian=(3.0, 3.0), bilateral=(50.0, 5.0, 10.0))
+            assert isinstance(start, Tensor)
+            unary = unary_from_labels(start, maps.shape[1] + 1, confidence=0.7)
+            q = dense_crf(picture, unary, iterations=10, gaussian=(3.0, 3.0), bilateral=(50.0, 5.0, 10.0))
             sure.append(q.argmax(dim=1))
         return _agreed(*sure)
 
@@ -96,24 +95,18 @@ def affinity_labels(image: Tensor, cams: Tensor, *, low: float = 4.0, high: floa
     low, high = (_check.number(name, value, "a number > 0", above=0) for name, value in (("low", low), ("high", high)))
     if low > high:
         raise ValueError(f"low must be <= high ({high}), got {low}")
-    crf = _dense_crf()
 
     def settle(picture: Tensor, maps: Tensor) -> Tensor:
         rest = (1 - maps.amax(dim=1, keepdim=True)).clamp_min(0)
         sure = []
         for alpha in (low, high):
-            unary = -torch.cat([rest**alpha, maps], dim=1).clamp(1e-5, 1).log()
-            q = crf.dense_crf(picture, unary, iterations=10, gaussian=(3.0, 3.0), bilateral=(80.0, 13.0, 10.0))
+            unary = unary_from_probabilities(torch.cat([rest**alpha, maps], dim=1))
+            q = dense_crf(picture, unary, iterations=10, gaussian=(3.0, 3.0), bilateral=(80.0, 13.0, 10.0))
             sure.append(q.argmax(dim=1))
         labels = torch.where(sure[0] == 0, IGNORE, sure[0])
         return torch.where(sure[1] == 0, 0, labels)
 
     return _class_by_class(image, cams, settle)
-
-
-def _dense_crf() -> Any:
-    """The package itself, for `dense_crf` and `unary_from_labels`: imported when called, since it imports this file."""
-    return importlib.import_module("wsss_kernels")
 
 
 def _agreed(objects: Tensor, rest: Tensor) -> Tensor:

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from wsss_kernels import _check
 from wsss_kernels.colour import check_picture, grid_size, walk_features
+from wsss_kernels.labels import background_threshold
 from wsss_kernels.ops.attention_walk import attention_walk
+from wsss_kernels.ops.dense_crf import dense_crf
 from wsss_kernels.ops.local_affinity import local_affinity
 from wsss_kernels.ops.mask_vote import check_segments, mask_vote
 from wsss_kernels.ops.random_walk import random_walk
@@ -63,7 +65,7 @@ class Stage:
     reads: str = "feats"
     batched: Reader = batched_maps
     check_options: Callable[[dict[str, Any]], None] = lambda given: None  # those that its ops do not check
-    background: float | None = None  # where the maps compete: alpha of the map to run against unless the caller has one
+    background: Callable[[Tensor], Tensor] | None = None  # where maps compete: the one they have if the caller has none
 
 
 # Steps at a grid of 128 of: a walk on features, a walk on colours (240 and 256 are equally good on most photographs,
@@ -116,6 +118,25 @@ def _run_attention(maps: Tensor, attention: Tensor, _: Size, o: dict[str, Any]) 
 
 def _run_vote(maps: Tensor, segments: Tensor | list[Tensor], _: Size, o: dict[str, Any]) -> Tensor:
     return mask_vote(maps, segments, reduce=o["reduce"])
+
+
+def _run_crf(maps: Tensor, picture: Tensor, _: Size, o: dict[str, Any]) -> Tensor:
+    shares = maps / maps.sum(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    unary = -shares.clamp(1e-5, 1).log()
+    return dense_crf(picture, unary, iterations=o["iterations"], gaussian=o["gaussian"], bilateral=o["bilateral"])
+
+
+def _constant_background(maps: Tensor) -> Tensor:
+    """[B, 1, h, w]: the image's own threshold between object and background, everywhere; 1 where nothing scores."""
+    if maps.numel() == 0:
+        return maps.new_ones(maps.shape[0], 1, *maps.shape[-2:])
+    scores = (maps > 0).flatten(1).any(dim=1)
+    threshold = background_threshold(maps).to(maps.dtype).where(scores, maps.new_ones(()))
+    return threshold[:, None, None, None].expand(-1, 1, *maps.shape[-2:])
+
+
+def _picture_grid(_: Tensor, picture: Tensor, o: dict[str, Any]) -> Size:
+    return picture.shape[-2], picture.shape[-1]
 
 
 def _batched_attention(name: str, value: Any, single: bool) -> Tensor:
@@ -213,6 +234,10 @@ METHODS = {
         _check_attention, _token_grid, _run_attention,
         {"grid": None, "sinkhorn": 3, "squarings": 1, "box_threshold": 0.4},
         batched=_batched_attention, check_options=_check_token_grid,
+    ),
+    "crf": Stage(
+        check_picture, _picture_grid, _run_crf,
+        {"iterations": 10, "gaussian": (1.0, 3.0), "bilateral": (64.0, 3.0, 4.0)}, background=_constant_background,
     ),
     "vote": Stage(
         check_segments, _segment_grid, _run_vote, {"segments": None, "reduce": "mean"},

@@ -51,6 +51,11 @@ def refine_cams(
             [B, heads, n, n], or a list of such layers, averaged; without class token. The working grid is the tokens',
             `grid`=(h, w): by default that of cams if h w = n, else a square. Options: those of `attention_walk`
             (sinkhorn, squarings, box_threshold). In a list of images each has its own list of layers.
+        "crf": feats are the RGB picture; the maps become the marginals of `dense_crf` at its size, started from
+            -log(clip(score, 1e-5, 1)), score = [background, present classes] divided by their sum. Without `background`
+            that map is a constant, `background_threshold` of the maps (and goes again). A gentle set by default:
+            iterations=10, gaussian=(1, 3), bilateral=(64, 3, 4). Best after a walk: ("image", "crf"). It has no
+            gradient, and refuses cams that require one outside no_grad.
         "vote": `segments`=, superpixels [B, H, W] of integers or a list of masks [m, H, W] of bool, one an image: each
             segment takes its mean score (see `mask_vote`; the result is a constant for the gradient). feats may be
             None if no other method of the chain needs them. Option: reduce.
@@ -335,7 +340,7 @@ def _run(stage: Stage, maps: Tensor, value: Any, has_background: bool, present: 
     if stage.background is None:
         return stage.run(maps, value, grid, stage.options)
     if not has_background:
-        maps = torch.cat([_background_map(maps, [stage.background]), maps], dim=1)
+        maps = torch.cat([stage.background(maps), maps], dim=1)
     background, scores = stage.run(maps, value, grid, stage.options).tensor_split([1], dim=1)
     if present is not None:  # where maps compete, one of zeros wins a share too
         scores = scores.where(present[:, :, None, None], scores.new_zeros(()))

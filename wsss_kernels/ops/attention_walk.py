@@ -87,7 +87,7 @@ def attention_walk(
             maps, attention, sinkhorn=sinkhorn, squarings=squarings, box_threshold=box_threshold
         )
     arguments = (sinkhorn, squarings, box_threshold)
-    if _dispatch.calls_directly(maps):
+    if _dispatch.calls_directly(maps, attention):
         return _attention_walk(maps, attention, *arguments)[0]
     return torch.ops.wsss_kernels.attention_walk(maps, attention, *arguments)[0]
 
