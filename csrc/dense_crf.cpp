@@ -90,6 +90,7 @@ void dense_crf_cpu(const float* image, const float* unary, float* out, CrfShape 
     gaussian_term.emplace(*gaussian, row, options.gaussian_compat);
   }
   const Buffer<float> energies(plane * row);
+  expect_writes(out, size_t(shape.batch) * shape.labels * plane * sizeof(float));
   const Buffer<float> scratch(lattice_scratch(row) * threads);
 
   for (int64_t b = 0; b < shape.batch; ++b) {
@@ -141,6 +142,7 @@ void dense_energy_cpu(const float* image, const float* probs, const float* roi, 
   const std::vector<LatticeTile> tiles = lattice_tiles(shape.height, shape.width);
   const int row = kernels.row_floats(shape.labels);
   const Buffer<float> pixels(plane * row);
+  if (slope) expect_writes(slope, size_t(shape.batch) * shape.labels * plane * sizeof(float));
   std::vector<double> sums(tiles.size());
   double total = 0;
   for (int64_t b = 0; b < shape.batch; ++b) {

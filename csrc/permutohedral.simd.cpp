@@ -371,6 +371,13 @@ void combine(const LatticeView& lattice, const float* rows, float* values, int r
 }
 
 // Count vectors of the rows at a time, and a chain's values of the last two points in registers.
+constexpr uint32_t kAhead = 8;  // rows asked for before they are needed: no prefetcher guesses their order
+
+template <int Bytes>
+WSSS_ALWAYS_INLINE void prefetch(const float* p) {
+  for (int i = 0; i < Bytes; i += 64) __builtin_prefetch((const char*)p + i, 1);
+}
+
 template <class R, int Count>
 WSSS_ALWAYS_INLINE void blur_vectors(const uint32_t* chain, ChainRange range, float* values, int row) {
   using Vector = typename R::Vector;
@@ -383,6 +390,9 @@ WSSS_ALWAYS_INLINE void blur_vectors(const uint32_t* chain, ChainRange range, fl
         before[c] = Vector{};
         now[c] = load_row<R>(at + c * R::lanes);
       }
+    }
+    if (i + kAhead < range.end) {
+      prefetch<int(sizeof(Vector)) * Count>(values + size_t(chain[i + kAhead] & ~kChainEnd) * size_t(row));
     }
     starts = chain[i] & kChainEnd;
     const float* const next = starts ? nullptr : values + size_t(chain[i + 1] & ~kChainEnd) * size_t(row);
