@@ -73,7 +73,7 @@ def _crf(size: Size, labels: int, least: float, *, quick: bool = False) -> Case:
             Way("ours", "ours", lambda i: lambda: wk.dense_crf(i["image"], i["unary"]), tolerance=1e-4),
             *(peers if HAS_PYDENSECRF else ()),
         ),
-        aims=(Aim("pydensecrf", "ratio", least=least),),
+        aims=(Aim("pydensecrf", "ratio", least=least),) if HAS_PYDENSECRF else (),
         quick=quick,
     )
 

@@ -34,6 +34,8 @@ class Term {
 
   LatticeTerm kernel_term() const { return {&lattice_, values_.get(), rows_.get()}; }
 
+  double blur_work() const { return double(lattice_.point_count) * row_ * lattice_.vertices; }
+
   void combine(const Team& team) const {
     const uint32_t begin = uint32_t(team.begin(lattice_.point_count)), end = uint32_t(team.end(lattice_.point_count));
     lattice_kernels().combine(lattice_, rows_.get(), values_.get(), row_, scale_, begin, end);
@@ -70,14 +72,26 @@ class Tiles {
   std::atomic<int64_t> next_{0};
 };
 
+// Values that blurring touches up to which meeting after every axis costs more than the other threads bring.
+constexpr double kBlurAlone = 6e5;
+
 // What the tiles splatted -> blurred values of the points; all threads have met before and after.
 void filter(const Team& team, Tiles& tiles, const Term* const* terms, int count) {
   team.barrier();
   tiles.start_over(team);
-  for (int t = 0; t < count; ++t) terms[t]->combine(team);
-  for (int axis = 0; axis < kMaxLatticeVertices; ++axis) {
-    team.barrier();
-    for (int t = 0; t < count; ++t) terms[t]->blur(team, axis);
+  double work = 0;
+  for (int t = 0; t < count; ++t) work += terms[t]->blur_work();
+  if (work <= kBlurAlone) {  // a thread a lattice
+    for (int t = team.thread; t < count; t += team.threads) {
+      terms[t]->combine(alone());
+      for (int axis = 0; axis < kMaxLatticeVertices; ++axis) terms[t]->blur(alone(), axis);
+    }
+  } else {
+    for (int t = 0; t < count; ++t) terms[t]->combine(team);
+    for (int axis = 0; axis < kMaxLatticeVertices; ++axis) {
+      team.barrier();
+      for (int t = 0; t < count; ++t) terms[t]->blur(team, axis);
+    }
   }
   team.barrier();
 }
@@ -119,8 +133,7 @@ class Crf {
     if (options.iterations == 0 || options.gaussian_compat == 0) return;
     const float* const sigma = options.gaussian_sigma;
     gaussian_.emplace(LatticeSpace{2, shape.height, shape.width, {sigma[0], sigma[1]}}, tiles_);
-    gaussian_->build(nullptr, threads_for(shape, threads));
-    gaussian_->normalize(threads_for(shape, threads));
+    gaussian_->build(nullptr, true, threads_for(shape, threads));
   }
 
   int row() const { return row_; }
@@ -135,8 +148,7 @@ class Crf {
       const float* const sigma = options_.bilateral_sigma;
       bilateral.emplace(
           LatticeSpace{5, shape_.height, shape_.width, {sigma[0], sigma[1], sigma[2], sigma[3], sigma[4]}}, tiles_);
-      bilateral->build(image, threads);
-      bilateral->normalize(threads);
+      bilateral->build(image, true, threads);
       bilateral_term.emplace(*bilateral, row, options_.bilateral_compat);
     }
     const Buffer<float> energies(size_t(shape_.height) * shape_.width * row);
@@ -206,7 +218,7 @@ void dense_energy_cpu(const float* image, const float* probs, const float* roi, 
   for_each_image(shape, row, threads, [&](int64_t b, int image_threads) {
     Lattice lattice(LatticeSpace{5, shape.height, shape.width, {sigma[0], sigma[1], sigma[2], sigma[3], sigma[4]}},
                     all_tiles);
-    lattice.build(image + size_t(b) * 3 * plane, image_threads);
+    lattice.build(image + size_t(b) * 3 * plane, false, image_threads);
     const Buffer<float> pixels(plane * row);
     const Term term(lattice, row, 1);
     const Term* const terms[] = {&term};

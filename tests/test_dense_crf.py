@@ -624,7 +624,7 @@ FILLS = [nan, inf, -inf, 0.0, 1e38, -1e38, 1e-40, 255.0]
 def tensor(*size, dtypes=DTYPES):
     if draw.random() < 0.05:
         size = [draw.choice([0, 1, 3]) for _ in range(draw.randrange(6))]
-    x = torch.rand(*size) * 200 if draw.random() < 0.7 else torch.full(size, draw.choice(FILLS))
+    x = torch.rand(size) * 200 if draw.random() < 0.7 else torch.full(size, draw.choice(FILLS))
     x = x.to(draw.choice(dtypes))
     kind = draw.randrange(16)
     if kind == 0:
