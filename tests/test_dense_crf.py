@@ -162,6 +162,16 @@ def test_nan_stays_in_its_image(wrong):
     assert torch.equal(out.isnan(), wk.reference.dense_crf(image, unary).isnan())
 
 
+def test_nan_probability_makes_the_loss_nan():
+    image, probs = picture(2, 20, 30), torch.rand(2, 4, 20, 30)
+    probs[0, 1, 3, 4] = math.nan
+    leaf = probs.clone().requires_grad_()
+    loss = wk.dense_energy_loss(image, leaf)
+    loss.backward()
+    assert loss.isnan() and wk.reference.dense_energy_loss(image, probs).isnan()
+    assert leaf.grad[0, 1, 3, 4].isnan() and leaf.grad[0, [0, 2, 3]].isfinite().all() and leaf.grad[1].isfinite().all()
+
+
 def test_infinite_energy_forbids_a_label():
     image, unary = picture(1, 20, 30), energies(1, 4, 20, 30)
     unary[0, 2] = math.inf
