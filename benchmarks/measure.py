@@ -40,6 +40,7 @@ MODULES = (
     "benchmarks.bench_local_affinity",
     "benchmarks.bench_attention_walk",
     "benchmarks.bench_mask_vote",
+    "benchmarks.bench_dense_crf",
     "benchmarks.bench_refine",
 )
 RESULTS = Path(__file__).parent / "results"

@@ -99,10 +99,9 @@ Lattice::Lattice(const LatticeSpace& space, const std::vector<LatticeTile>& tile
   if (!fits) throw std::invalid_argument("the sigmas are too small for an image of this size");
 }
 
-void Lattice::build(const float* image, int threads) {
+void Lattice::build(const float* image, bool normalized, int threads) {
   find_simplices(image, threads);
   number_points();
-  link_neighbours(threads);
   list_rows();
   view_.vertices = vertices_;
   view_.weights = weights_.get();
@@ -112,6 +111,17 @@ void Lattice::build(const float* image, int threads) {
   view_.row_of = row_of_.get();
   view_.first_of = first_of_.get();
   view_.alpha = 1.0f / (1.0f + std::ldexp(1.0f, -space_.dim));
+  const uint32_t count = view_.point_count;
+  chains_ = Buffer<uint32_t>(size_t(count) * vertices_);
+  const Buffer<uint32_t> lower(size_t(count) * vertices_);
+  const Buffer<uint8_t> marks(size_t(count) * vertices_);
+  const Buffer<float> rows(normalized ? view_.rows : 0), values(normalized ? count : 0);
+  parallel(threads, [&](const Team& team) {
+    find_neighbours(team, lower.get());
+    team.barrier();
+    link_chains(team, lower.get(), marks.get());
+    if (normalized) normalize(team, rows.get(), values.get());
+  });
 }
 
 // Weights, and the tiles' own numbers of the points.
@@ -217,85 +227,81 @@ void Lattice::list_rows() {
   for (uint32_t row = 0; row < rows; ++row) row_of_.get()[next[points[row]]++] = row;
 }
 
-void Lattice::link_neighbours(int threads) {
+// Of every point along every axis the neighbour one lower in every coordinate but that of the axis. The other one's
+// link is this, reversed.
+void Lattice::find_neighbours(const Team& team, uint32_t* lower) const {
   const uint32_t count = view_.point_count;
   const int dim = space_.dim;
   uint64_t every = 0;
   for (int i = 0; i < dim; ++i) every += unit_[i];
-  // The neighbour one lower in every coordinate but that of the axis. The other one's link is this, reversed.
-  const Buffer<uint32_t> lower(size_t(count) * vertices_);
-  parallel(threads, [&](const Team& team) {
-    for (int64_t p = team.begin(count); p < team.end(count); ++p) {
-      const uint64_t key = point_keys_.get()[p];
-      const bool wraps = (key & ((1u << kRemainderBits) - 1)) == 0;
-      const uint64_t below = wraps ? key + uint64_t(dim) - every : key - 1;
-      for (int axis = 0; axis <= dim; ++axis) lower.get()[size_t(axis) * count + p] = find(below + unit_[axis]);
-    }
-  });
-  chains_ = Buffer<uint32_t>(size_t(count) * vertices_);
-  const Buffer<uint8_t> marks(size_t(count) * vertices_);
-  parallel(threads, [&](const Team& team) {
-    for (int64_t axis = team.begin(vertices_); axis < team.end(vertices_); ++axis) {
-      const uint32_t* const next = lower.get() + size_t(axis) * count;
-      uint8_t* const has_upper = marks.get() + size_t(axis) * count;
-      std::memset(has_upper, 0, count);
-      for (uint32_t p = 0; p < count; ++p) {
-        if (next[p] != kNone) has_upper[next[p]] = 1;
-      }
-      uint32_t* const chain = chains_.get() + size_t(axis) * count;
-      uint32_t size = 0;
-      for (uint32_t p = 0; p < count; ++p) {
-        if (has_upper[p] || next[p] == kNone) continue;
-        for (uint32_t q = p; q != kNone; q = next[q]) chain[size++] = q;
-        chain[size - 1] |= kChainEnd;
-      }
-      view_.chain[axis] = chain;
-      view_.chain_size[axis] = size;
-    }
-  });
+  for (int64_t p = team.begin(count); p < team.end(count); ++p) {
+    const uint64_t key = point_keys_.get()[p];
+    const bool wraps = (key & ((1u << kRemainderBits) - 1)) == 0;
+    const uint64_t below = wraps ? key + uint64_t(dim) - every : key - 1;
+    for (int axis = 0; axis <= dim; ++axis) lower[size_t(axis) * count + p] = find(below + unit_[axis]);
+  }
 }
 
-void Lattice::normalize(int threads) {
-  const Buffer<float> rows(view_.rows), values(view_.point_count);
+void Lattice::link_chains(const Team& team, const uint32_t* lower, uint8_t* marks) {
+  const uint32_t count = view_.point_count;
+  for (int64_t axis = team.begin(vertices_); axis < team.end(vertices_); ++axis) {
+    const uint32_t* const next = lower + size_t(axis) * count;
+    uint8_t* const has_upper = marks + size_t(axis) * count;
+    std::memset(has_upper, 0, count);
+    for (uint32_t p = 0; p < count; ++p) {
+      if (next[p] != kNone) has_upper[next[p]] = 1;
+    }
+    uint32_t* const chain = chains_.get() + size_t(axis) * count;
+    uint32_t size = 0;
+    for (uint32_t p = 0; p < count; ++p) {
+      if (has_upper[p] || next[p] == kNone) continue;
+      for (uint32_t q = p; q != kNone; q = next[q]) chain[size++] = q;
+      chain[size - 1] |= kChainEnd;
+    }
+    view_.chain[axis] = chain;
+    view_.chain_size[axis] = size;
+  }
+}
+
+// The weights become weight / sqrt(filter of ones + 1e-20).
+void Lattice::normalize(const Team& team, float* rows, float* values) {
   const int64_t tiles = int64_t(tiles_.size());
-  parallel(threads, [&](const Team& team) {
-    for (int64_t t = team.begin(tiles); t < team.end(tiles); ++t) {
-      float* const own = rows.get() + tile_row_[t];
-      std::memset(own, 0, (tile_row_[t + 1] - tile_row_[t]) * sizeof(float));
-      const size_t begin = size_t(tiles_[t].first) * vertices_;
-      const size_t end = begin + size_t(tile_pixels(tiles_[t])) * vertices_;
-      for (size_t i = begin; i < end; ++i) own[local_.get()[i]] += weights_.get()[i];
-    }
+  for (int64_t t = team.begin(tiles); t < team.end(tiles); ++t) {
+    float* const own = rows + tile_row_[t];
+    std::memset(own, 0, (tile_row_[t + 1] - tile_row_[t]) * sizeof(float));
+    const size_t begin = size_t(tiles_[t].first) * vertices_;
+    const size_t end = begin + size_t(tile_pixels(tiles_[t])) * vertices_;
+    for (size_t i = begin; i < end; ++i) own[local_.get()[i]] += weights_.get()[i];
+  }
+  team.barrier();
+  for (int64_t p = team.begin(view_.point_count); p < team.end(view_.point_count); ++p) {
+    float sum = 0;
+    for (uint32_t i = view_.first_of[p]; i < view_.first_of[p + 1]; ++i) sum += rows[view_.row_of[i]];
+    values[p] = sum;
+  }
+  for (int axis = 0; axis < vertices_; ++axis) {
     team.barrier();
-    for (int64_t p = team.begin(view_.point_count); p < team.end(view_.point_count); ++p) {
+    const uint32_t* const chain = view_.chain[axis];
+    const ChainRange range = chain_range(team, chain, view_.chain_size[axis]);
+    float before = 0;
+    for (uint32_t i = range.begin; i < range.end; ++i) {
+      float& value = values[chain[i] & ~kChainEnd];
+      const float old = value, after = chain[i] & kChainEnd ? 0 : values[chain[i + 1] & ~kChainEnd];
+      value = old + 0.5f * (before + after);
+      before = chain[i] & kChainEnd ? 0 : old;
+    }
+  }
+  team.barrier();
+  for (int64_t t = team.begin(tiles); t < team.end(tiles); ++t) {
+    const uint32_t* const points = points_.get() + tile_row_[t];
+    size_t i = size_t(tiles_[t].first) * vertices_;
+    for (int64_t pixel = 0; pixel < tile_pixels(tiles_[t]); ++pixel, i += vertices_) {
       float sum = 0;
-      for (uint32_t i = view_.first_of[p]; i < view_.first_of[p + 1]; ++i) sum += rows.get()[view_.row_of[i]];
-      values.get()[p] = sum;
+      for (int k = 0; k < vertices_; ++k) sum += weights_.get()[i + k] * values[points[local_.get()[i + k]]];
+      const float norm = 1 / std::sqrt(view_.alpha * sum + 1e-20f);
+      for (int k = 0; k < vertices_; ++k) weights_.get()[i + k] *= norm;
     }
-    for (int axis = 0; axis < vertices_; ++axis) {
-      team.barrier();
-      const uint32_t* const chain = view_.chain[axis];
-      const ChainRange range = chain_range(team, chain, view_.chain_size[axis]);
-      float before = 0;
-      for (uint32_t i = range.begin; i < range.end; ++i) {
-        float& value = values.get()[chain[i] & ~kChainEnd];
-        const float old = value, after = chain[i] & kChainEnd ? 0 : values.get()[chain[i + 1] & ~kChainEnd];
-        value = old + 0.5f * (before + after);
-        before = chain[i] & kChainEnd ? 0 : old;
-      }
-    }
-    team.barrier();
-    for (int64_t t = team.begin(tiles); t < team.end(tiles); ++t) {
-      const uint32_t* const points = points_.get() + tile_row_[t];
-      size_t i = size_t(tiles_[t].first) * vertices_;
-      for (int64_t pixel = 0; pixel < tile_pixels(tiles_[t]); ++pixel, i += vertices_) {
-        float sum = 0;
-        for (int k = 0; k < vertices_; ++k) sum += weights_.get()[i + k] * values.get()[points[local_.get()[i + k]]];
-        const float norm = 1 / std::sqrt(view_.alpha * sum + 1e-20f);
-        for (int k = 0; k < vertices_; ++k) weights_.get()[i + k] *= norm;
-      }
-    }
-  });
+  }
 }
 
 }  // namespace wsss

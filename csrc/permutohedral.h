@@ -38,10 +38,9 @@ class Lattice {
   // std::invalid_argument where the sigmas are so small that the points cannot be numbered.
   Lattice(const LatticeSpace& space, const std::vector<LatticeTile>& tiles);
 
-  void build(const float* image, int threads);  // [3, H, W] for dim = 5, otherwise unused
-
-  // The weights become weight / sqrt(filter of ones + 1e-20): with them the filter is normalised on both sides.
-  void normalize(int threads);
+  // image: [3, H, W] for dim = 5, otherwise unused. normalized: the weights are divided by sqrt(filter of ones +
+  // 1e-20), so that the filter is normalised on both sides.
+  void build(const float* image, bool normalized, int threads);
 
   const LatticeView& view() const { return view_; }
 
@@ -49,7 +48,9 @@ class Lattice {
   void find_simplices(const float* image, int threads);
   void number_points();
   void list_rows();
-  void link_neighbours(int threads);
+  void find_neighbours(const Team& team, uint32_t* lower) const;
+  void link_chains(const Team& team, const uint32_t* lower, uint8_t* marks);
+  void normalize(const Team& team, float* rows, float* values);
   uint32_t find(uint64_t key) const;
 
   LatticeSpace space_;

@@ -100,8 +100,10 @@ void simplices(const LatticeSpace& space, const LatticeTile& tile, int y, const 
   }
 }
 
-// Rows of values. Up to n labels: one vector of 4, 8 or 16 lanes, whatever fits; beyond, vectors of n lanes.
+// Rows of values. Up to n labels: one vector of 4, 8 or 16 lanes, whatever fits; beyond, vectors of n lanes, or three
+// of 8 lanes.
 int row_floats(int64_t labels) {
+  if (labels > 16 && labels <= 24 && n >= 8) return 24;
   if (labels > n) return int((labels + n - 1) / n * n);
   int width = 4;
   while (width < labels) width *= 2;
@@ -117,7 +119,7 @@ struct Lanes {
 template <int W, int Count>
 struct Row {
   using Vector = typename Lanes<W>::Type;
-  static constexpr int lanes = W;
+  static constexpr int lanes = W, known_count = Count;
   int row;
   int count() const { return Count ? Count : row / W; }
 };
@@ -138,6 +140,7 @@ WSSS_ALWAYS_INLINE void with_row(int row, Body&& body) {
   if (row == 4) return body(Row<4, 1>{row});
   if constexpr (n >= 8) {
     if (row == 8) return body(Row<8, 1>{row});
+    if (row == 24) return body(Row<8, 3>{row});
   }
   if constexpr (n >= 16) {
     if (row == 16) return body(Row<16, 1>{row});
@@ -162,117 +165,147 @@ WSSS_ALWAYS_INLINE Links links_of(const LatticeTerm& term, const LatticeTile& ti
           term.rows ? term.rows + first_row * row : nullptr};
 }
 
-// out[pixel] += sum of weight * value over the vertices.
-template <int Vertices, class R>
-WSSS_ALWAYS_INLINE void add_slice(const Links& links, float* out, int pixels, R form) {
-  using Vector = typename R::Vector;
-  for (int i = 0; i < pixels; ++i) {
-    const float* weight = links.weights + i * Vertices;
-    const float* from[Vertices];
-    for (int k = 0; k < Vertices; ++k) {
-      from[k] = links.values + size_t(links.points[links.local[i * Vertices + k]]) * size_t(form.row);
-    }
-    for (int c = 0; c < form.count(); ++c) {
-      Vector sum = load_row<R>(out + c * R::lanes);
-      for (int k = 0; k < Vertices; ++k) sum += weight[k] * load_row<R>(from[k] + c * R::lanes);
-      store_row<R>(out + c * R::lanes, sum);
-    }
-    out += form.row;
+// sums += weights * values of one pixel's vertices; Count vectors of the rows.
+template <int Vertices, class R, int Count>
+WSSS_ALWAYS_INLINE void slice_pixel(const Links& links, int pixel, int row, int from, typename R::Vector* sums) {
+  unroll<0, Vertices>([&](auto k) __attribute__((always_inline)) {
+    const int i = pixel * Vertices + k;
+    const float* const value = links.values + size_t(links.points[links.local[i]]) * size_t(row) + from;
+    unroll<0, Count>([&](auto c) __attribute__((always_inline)) {
+      sums[c] += links.weights[i] * load_row<R>(value + c * R::lanes);
+    });
+  });
+}
+
+// The vertices' rows += weights * value.
+template <int Vertices, class R, int Count>
+WSSS_ALWAYS_INLINE void splat_pixel(const Links& links, int pixel, int row, int from, const typename R::Vector* value) {
+  unroll<0, Vertices>([&](auto k) __attribute__((always_inline)) {
+    const int i = pixel * Vertices + k;
+    float* const to = links.rows + size_t(links.local[i]) * size_t(row) + from;
+    unroll<0, Count>([&](auto c) __attribute__((always_inline)) {
+      store_row<R>(to + c * R::lanes, load_row<R>(to + c * R::lanes) + links.weights[i] * value[c]);
+    });
+  });
+}
+
+// body(first vector, number of them as a constant) over the vectors of a row.
+template <class R, class Body>
+WSSS_ALWAYS_INLINE void over_row(R form, Body&& body) {
+  if constexpr (R::known_count > 0) {
+    body(0, Index<R::known_count>{});
+  } else {
+    int c = 0;
+    for (; c + 4 <= form.count(); c += 4) body(c, Index<4>{});
+    for (; c < form.count(); ++c) body(c, Index<1>{});
   }
 }
 
-template <int Vertices, class R>
-WSSS_ALWAYS_INLINE void splat_rows(const Links& links, const float* in, int pixels, R form) {
-  using Vector = typename R::Vector;
-  for (int i = 0; i < pixels; ++i) {
-    const float* weight = links.weights + i * Vertices;
-    float* to[Vertices];
-    for (int k = 0; k < Vertices; ++k) to[k] = links.rows + size_t(links.local[i * Vertices + k]) * size_t(form.row);
-    for (int c = 0; c < form.count(); ++c) {
-      const Vector value = load_row<R>(in + c * R::lanes);
-      for (int k = 0; k < Vertices; ++k) {
-        float* const at = to[k] + c * R::lanes;
-        store_row<R>(at, load_row<R>(at) + weight[k] * value);
+// out = in + slices of up to two lattices (a null one's are none).
+template <int First, int Second, class R>
+WSSS_ALWAYS_INLINE void add_slices(const Links* links, const float* in, float* out, int pixels, R form) {
+  for (int i = 0; i < pixels; ++i, in += form.row, out += form.row) {
+    over_row(form, [&](int begin, auto count) __attribute__((always_inline)) {
+      typename R::Vector sums[count.value];
+      for (int c = 0; c < count; ++c) sums[c] = load_row<R>(in + (begin + c) * R::lanes);
+      slice_pixel<First, R, count.value>(links[0], i, form.row, begin * R::lanes, sums);
+      if constexpr (Second > 0) slice_pixel<Second, R, count.value>(links[1], i, form.row, begin * R::lanes, sums);
+      for (int c = 0; c < count; ++c) store_row<R>(out + (begin + c) * R::lanes, sums[c]);
+    });
+  }
+}
+
+template <int First, int Second, class R>
+WSSS_ALWAYS_INLINE void splat_pixels(const Links* links, const float* in, const float* scale, int pixels, R form) {
+  for (int i = 0; i < pixels; ++i, in += form.row) {
+    over_row(form, [&](int begin, auto count) __attribute__((always_inline)) {
+      typename R::Vector value[count.value];
+      for (int c = 0; c < count; ++c) {
+        value[c] = load_row<R>(in + (begin + c) * R::lanes);
+        if (scale) value[c] *= scale[i];
       }
-    }
-    in += form.row;
+      splat_pixel<First, R, count.value>(links[0], i, form.row, begin * R::lanes, value);
+      if constexpr (Second > 0) splat_pixel<Second, R, count.value>(links[1], i, form.row, begin * R::lanes, value);
+    });
   }
 }
 
-template <class R>
-WSSS_ALWAYS_INLINE void add_slice_of(const LatticeTerm& term, const Links& links, float* out, int pixels, R form) {
-  if (term.lattice->vertices == 3) {
-    add_slice<3>(links, out, pixels, form);
+// body(vertices of the first lattice, of the second or 0), as constants. Of two the first is the Gaussian's.
+template <class Body>
+WSSS_ALWAYS_INLINE void with_vertices(const LatticeTerm* terms, int count, Body&& body) {
+  if (count == 2) {
+    body(Index<3>{}, Index<6>{});
+  } else if (terms[0].lattice->vertices == 3) {
+    body(Index<3>{}, Index<0>{});
   } else {
-    add_slice<6>(links, out, pixels, form);
-  }
-}
-template <class R>
-WSSS_ALWAYS_INLINE void splat_of(const LatticeTerm& term, const Links& links, const float* in, int pixels, R form) {
-  if (term.lattice->vertices == 3) {
-    splat_rows<3>(links, in, pixels, form);
-  } else {
-    splat_rows<6>(links, in, pixels, form);
+    body(Index<6>{}, Index<0>{});
   }
 }
 
-template <int Distance, int... I>
-WSSS_ALWAYS_INLINE V swap_lanes(V v, Indices<I...>) {
+template <class Vector, int Distance, int... I>
+WSSS_ALWAYS_INLINE Vector swap_lanes(Vector v, Indices<I...>) {
   return __builtin_shufflevector(v, v, (I ^ Distance)...);
-}
-template <int Distance>
-WSSS_ALWAYS_INLINE V swap_lanes(V v) {
-  return swap_lanes<Distance>(v, typename MakeIndices<n>::type{});
 }
 
 // In every lane the largest, or the sum, of its group of Group lanes.
-template <int Group>
-WSSS_ALWAYS_INLINE V group_maximum(V v) {
+template <int Group, class Vector>
+WSSS_ALWAYS_INLINE Vector group_maximum(Vector v) {
   unroll<0, 4>([&](auto i) __attribute__((always_inline)) {
     constexpr int distance = 1 << i.value;
     if constexpr (distance < Group) {
-      const V other = swap_lanes<distance>(v);
+      const Vector other = swap_lanes<Vector, distance>(v, typename MakeIndices<sizeof(Vector) / 4>::type{});
       v = v > other ? v : other;
     }
   });
   return v;
 }
-template <int Group>
-WSSS_ALWAYS_INLINE V group_sum(V v) {
+template <int Group, class Vector>
+WSSS_ALWAYS_INLINE Vector group_sum(Vector v) {
   unroll<0, 4>([&](auto i) __attribute__((always_inline)) {
     constexpr int distance = 1 << i.value;
-    if constexpr (distance < Group) v += swap_lanes<distance>(v);
+    if constexpr (distance < Group) {
+      v += swap_lanes<Vector, distance>(v, typename MakeIndices<sizeof(Vector) / 4>::type{});
+    }
   });
   return v;
 }
 
-// exp(e - max) / sum, NaN where the softmax is: a NaN, a +infinity, or nothing but -infinity.
+// rows -> exp(row - its maximum); scale = 1 / sum. NaN where a softmax is: of a NaN, a +infinity, -infinity alone.
+// Pass by pass over all pixels: within one pixel each step waits for the last.
 template <class R>
-WSSS_ALWAYS_INLINE void softmax(float* rows, int pixels, R form) {
-  if constexpr (R::lanes < n) {  // several pixels a vector
-    for (int i = 0; i < pixels * form.row; i += n) {
+WSSS_ALWAYS_INLINE void softmax(float* rows, float* scale, int pixels, R form) {
+  using Vector = typename R::Vector;
+  const int size = pixels * form.row;
+  if constexpr (R::known_count == 1) {  // several pixels a vector, or one
+    for (int i = 0; i < size; i += n) {
       const V e = load(rows + i);
       const V p = exp(e - group_maximum<R::lanes>(e));
-      store(rows + i, p / group_sum<R::lanes>(p));
+      store(rows + i, p);
+      const V total = group_sum<R::lanes>(p);
+      for (int k = 0; k < n / R::lanes; ++k) scale[i / R::lanes + k] = total[k * R::lanes];
     }
   } else {
-    for (int i = 0; i < pixels; ++i, rows += form.row) {
-      V largest = load(rows);
+    float* row = rows;
+    for (int i = 0; i < pixels; ++i, row += form.row) {
+      Vector largest = load_row<R>(row);
       for (int c = 1; c < form.count(); ++c) {
-        const V e = load(rows + c * n);
+        const Vector e = load_row<R>(row + c * R::lanes);
         largest = largest > e ? largest : e;
       }
-      largest = group_maximum<n>(largest);
-      V sum{};
+      largest = group_maximum<R::lanes>(largest);
       for (int c = 0; c < form.count(); ++c) {
-        const V p = exp(load(rows + c * n) - largest);
-        store(rows + c * n, p);
-        sum += p;
+        store_row<R>(row + c * R::lanes, load_row<R>(row + c * R::lanes) - largest);
       }
-      const V scale = 1.0f / group_sum<n>(sum);
-      for (int c = 0; c < form.count(); ++c) store(rows + c * n, load(rows + c * n) * scale);
+    }
+    for (int i = 0; i < size; i += n) store(rows + i, exp(load(rows + i)));
+    row = rows;
+    for (int i = 0; i < pixels; ++i, row += form.row) {
+      Vector sum = load_row<R>(row);
+      for (int c = 1; c < form.count(); ++c) sum += load_row<R>(row + c * R::lanes);
+      scale[i] = group_sum<R::lanes>(sum)[0];
     }
   }
+  for (int i = 0; i < pixels; i += n) store(scale + i, 1.0f / load(scale + i));
 }
 
 void clear_rows(const LatticeTerm& term, int64_t index, int row) {
@@ -284,20 +317,31 @@ template <class R>
 WSSS_ALWAYS_INLINE void mean_field_of(const MeanFieldPass& pass, const LatticeTile& tile, int64_t index, float* scratch,
                                       R form) {
   const int64_t pixels = tile_pixels(tile);
+  float* const scale = scratch + size_t(kLatticeBatch) * pass.row + n;
   float* energies = pass.energies + size_t(tile.first) * pass.row;
   for (int64_t first = 0; first < pixels; first += kLatticeBatch, energies += size_t(kLatticeBatch) * pass.row) {
     const int count = pixels - first < kLatticeBatch ? int(pixels - first) : kLatticeBatch;
-    std::memcpy(scratch, energies, size_t(count) * pass.row * sizeof(float));
     Links links[2];
-    for (int t = 0; t < pass.term_count; ++t) {
-      links[t] = links_of(pass.terms[t], tile, index, first, pass.row);
-      if (pass.slices) add_slice_of(pass.terms[t], links[t], scratch, count, form);
-    }
-    softmax(scratch, count, form);
-    if (pass.splats) {
-      for (int t = 0; t < pass.term_count; ++t) splat_of(pass.terms[t], links[t], scratch, count, form);
+    for (int t = 0; t < pass.term_count; ++t) links[t] = links_of(pass.terms[t], tile, index, first, pass.row);
+    if (pass.slices) {
+      with_vertices(pass.terms, pass.term_count, [&](auto a, auto b) __attribute__((always_inline)) {
+        add_slices<a.value, b.value>(links, energies, scratch, count, form);
+      });
     } else {
-      std::memcpy(energies, scratch, size_t(count) * pass.row * sizeof(float));
+      std::memcpy(scratch, energies, size_t(count) * pass.row * sizeof(float));
+    }
+    softmax(scratch, scale, count, form);
+    if (pass.splats) {
+      with_vertices(pass.terms, pass.term_count, [&](auto a, auto b) __attribute__((always_inline)) {
+        splat_pixels<a.value, b.value>(links, scratch, scale, count, form);
+      });
+    } else {
+      for (int i = 0; i < count; ++i) {
+        for (int c = 0; c < form.count(); ++c) {
+          const size_t at = size_t(i) * form.row + c * R::lanes;
+          store_row<R>(energies + at, load_row<R>(scratch + at) * scale[i]);
+        }
+      }
     }
   }
 }
@@ -313,18 +357,27 @@ void combine(const LatticeView& lattice, const float* rows, float* values, int r
   with_row(row, [&](auto form) __attribute__((always_inline)) {
     using R = decltype(form);
     for (uint32_t p = begin; p < end; ++p) {
-      for (int c = 0; c < form.count(); ++c) {
-        typename R::Vector sum{};
+      float* const out = values + size_t(p) * size_t(form.row);
+      over_row(form, [&](int first, auto count) __attribute__((always_inline)) {
+        typename R::Vector sums[count.value] = {};
         for (uint32_t i = lattice.first_of[p]; i < lattice.first_of[p + 1]; ++i) {
-          sum += load_row<R>(rows + size_t(lattice.row_of[i]) * size_t(form.row) + c * R::lanes);
+          const float* const in = rows + size_t(lattice.row_of[i]) * size_t(form.row) + first * R::lanes;
+          for (int c = 0; c < count; ++c) sums[c] += load_row<R>(in + c * R::lanes);
         }
-        store_row<R>(values + size_t(p) * size_t(form.row) + c * R::lanes, sum * scale);
-      }
+        for (int c = 0; c < count; ++c) store_row<R>(out + (first + c) * R::lanes, sums[c] * scale);
+      });
     }
   });
 }
 
-// Two vectors of the rows at a time, and a chain's values of the last two points in registers.
+// Count vectors of the rows at a time, and a chain's values of the last two points in registers.
+constexpr uint32_t kAhead = 8;  // rows asked for before they are needed: no prefetcher guesses their order
+
+template <int Bytes>
+WSSS_ALWAYS_INLINE void prefetch(const float* p) {
+  for (int i = 0; i < Bytes; i += 64) __builtin_prefetch((const char*)p + i, 1);
+}
+
 template <class R, int Count>
 WSSS_ALWAYS_INLINE void blur_vectors(const uint32_t* chain, ChainRange range, float* values, int row) {
   using Vector = typename R::Vector;
@@ -337,6 +390,9 @@ WSSS_ALWAYS_INLINE void blur_vectors(const uint32_t* chain, ChainRange range, fl
         before[c] = Vector{};
         now[c] = load_row<R>(at + c * R::lanes);
       }
+    }
+    if (i + kAhead < range.end) {
+      prefetch<int(sizeof(Vector)) * Count>(values + size_t(chain[i + kAhead] & ~kChainEnd) * size_t(row));
     }
     starts = chain[i] & kChainEnd;
     const float* const next = starts ? nullptr : values + size_t(chain[i + 1] & ~kChainEnd) * size_t(row);
@@ -352,9 +408,9 @@ WSSS_ALWAYS_INLINE void blur_vectors(const uint32_t* chain, ChainRange range, fl
 void blur(const uint32_t* chain, ChainRange range, float* values, int row) {
   with_row(row, [&](auto form) __attribute__((always_inline)) {
     using R = decltype(form);
-    int c = 0;
-    for (; c + 2 <= form.count(); c += 2) blur_vectors<R, 2>(chain, range, values + c * R::lanes, row);
-    if (c < form.count()) blur_vectors<R, 1>(chain, range, values + c * R::lanes, row);
+    over_row(form, [&](int first, auto count) __attribute__((always_inline)) {
+      blur_vectors<R, count.value>(chain, range, values + first * R::lanes, row);
+    });
   });
 }
 
@@ -362,7 +418,7 @@ void splat_tile(const LatticeTerm& term, const float* pixels, int row, const Lat
   clear_rows(term, index, row);
   const Links links = links_of(term, tile, index, 0, row);
   with_row(row, [&](auto form) __attribute__((always_inline)) {
-    splat_of(term, links, pixels + size_t(tile.first) * row, int(tile_pixels(tile)), form);
+    splat_pixels<6, 0>(&links, pixels + size_t(tile.first) * row, nullptr, int(tile_pixels(tile)), form);
   });
 }
 
@@ -370,23 +426,21 @@ double slice_tile(const LatticeTerm& term, float* pixels, int row, const Lattice
   double total = 0;
   with_row(row, [&](auto form) __attribute__((always_inline)) {
     using R = decltype(form);
-    using Vector = typename R::Vector;
-    const int64_t count = tile_pixels(tile);
+    const int count = int(tile_pixels(tile));
     float* out = pixels + size_t(tile.first) * row;
     const Links links = links_of(term, tile, index, 0, row);
-    for (int64_t i = 0; i < count; ++i, out += row) {
-      const float* weight = links.weights + i * term.lattice->vertices;
-      const uint16_t* local = links.local + i * term.lattice->vertices;
-      Vector product{};
-      for (int c = 0; c < form.count(); ++c) {
-        Vector sum{};
-        for (int k = 0; k < term.lattice->vertices; ++k) {
-          sum += weight[k] * load_row<R>(links.values + size_t(links.points[local[k]]) * size_t(row) + c * R::lanes);
+    for (int i = 0; i < count; ++i, out += row) {
+      typename R::Vector product{};
+      over_row(form, [&](int begin, auto vectors) __attribute__((always_inline)) {
+        typename R::Vector sums[vectors.value] = {};
+        slice_pixel<6, R, vectors.value>(links, i, row, begin * R::lanes, sums);
+        for (int c = 0; c < vectors; ++c) {
+          float* const at = out + (begin + c) * R::lanes;
+          product += sums[c] * load_row<R>(at);
+          store_row<R>(at, sums[c]);
         }
-        product += sum * load_row<R>(out + c * R::lanes);
-        store_row<R>(out + c * R::lanes, sum);
-      }
-      for (int lane = 0; lane < R::lanes; ++lane) total += double(product[lane]);
+      });
+      total += double(group_sum<R::lanes>(product)[0]);
     }
   });
   return total;

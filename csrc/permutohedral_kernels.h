@@ -80,14 +80,14 @@ struct LatticeKernels {
   // Row y of a tile; image [3, H, W] or null.
   void (*simplices)(const LatticeSpace&, const LatticeTile&, int y, const float* image, SimplexRow& out);
   int (*row_floats)(int64_t labels);
-  // scratch: kLatticeScratch(row) floats, of the thread.
+  // scratch: lattice_scratch(row) floats, of the thread.
   void (*mean_field)(const MeanFieldPass&, const LatticeTile&, int64_t tile, float* scratch);
   // values[p] = scale * sum of its rows, for points [begin, end).
   void (*combine)(const LatticeView&, const float* rows, float* values, int row, float scale, uint32_t begin,
                   uint32_t end);
   // In place, along one axis.
   void (*blur)(const uint32_t* chain, ChainRange range, float* values, int row);
-  // The tile's rows get the tile's pixels.
+  // The tile's rows get the tile's pixels; dim = 5.
   void (*splat)(const LatticeTerm&, const float* pixels, int row, const LatticeTile&, int64_t tile);
   // pixels become their slice; returns the sum of old times new value.
   double (*slice)(const LatticeTerm&, float* pixels, int row, const LatticeTile&, int64_t tile);
@@ -100,7 +100,7 @@ struct LatticeKernels {
 };
 
 constexpr int kLatticeBatch = 32;  // pixels that go through a pass together
-static inline size_t lattice_scratch(int row) { return size_t(kLatticeBatch) * row + 64; }
+static inline size_t lattice_scratch(int row) { return size_t(kLatticeBatch) * (row + 1) + 64; }
 
 const LatticeKernels& lattice_kernels();
 

@@ -13,7 +13,7 @@ from wsss_kernels.compat.pydensecrf import densecrf, utils
 needs_pydensecrf = pytest.mark.skipif(importlib.util.find_spec("pydensecrf") is None, reason="pydensecrf2 is missing")
 RANDOM = np.random.default_rng(0)
 IMAGE = (RANDOM.random((20, 30, 3)) * 60 + np.linspace(0, 190, 30)[:, None]).astype(np.uint8)
-PROBS = RANDOM.dirichlet(np.ones(4), 20 * 30).T.reshape(4, 20, 30).astype(np.float32)
+PROBS = RANDOM.dirichlet(np.ones(4), 20 * 30).T.reshape(4, 20, 30).astype(np.float32, order="C")
 
 
 def run(module, tools, **kinds):

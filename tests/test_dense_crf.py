@@ -5,6 +5,8 @@ import math
 import os
 import subprocess
 import sys
+import textwrap
+import threading
 import warnings
 
 import numpy as np
@@ -158,6 +160,16 @@ def test_nan_stays_in_its_image(wrong):
     assert torch.equal(out[1], clean[1])
     assert out[0, :, 3, 4].isnan().all()
     assert torch.equal(out.isnan(), wk.reference.dense_crf(image, unary).isnan())
+
+
+def test_nan_probability_makes_the_loss_nan():
+    image, probs = picture(2, 20, 30), torch.rand(2, 4, 20, 30)
+    probs[0, 1, 3, 4] = math.nan
+    leaf = probs.clone().requires_grad_()
+    loss = wk.dense_energy_loss(image, leaf)
+    loss.backward()
+    assert loss.isnan() and wk.reference.dense_energy_loss(image, probs).isnan()
+    assert leaf.grad[0, 1, 3, 4].isnan() and leaf.grad[0, [0, 2, 3]].isfinite().all() and leaf.grad[1].isfinite().all()
 
 
 def test_infinite_energy_forbids_a_label():
@@ -519,3 +531,148 @@ torch.save(results, {str(tmp_path / "results.pt")!r})
         exact = torch.softmax(-unary, 1).double().requires_grad_()
         wk.reference.dense_energy_loss(image, exact).backward()
         assert (grad - exact.grad).abs().max() <= 1e-5 * exact.grad.abs().max()
+
+
+# Processes, threads, memory, garbage
+
+
+def run(script, *arguments, timeout=200):
+    """The script must end by itself and well."""
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.native
+def test_python_threads():
+    image, unary = picture(2, 40, 70), energies(2, 3, 40, 70)
+
+    def both():
+        return wk.dense_crf(image, unary, iterations=2), wk.dense_energy_loss(image, unary)
+
+    expected, wrong = both(), []
+
+    def work():
+        for _ in range(20):
+            if not all(map(torch.equal, both(), expected)):
+                wrong.append(threading.get_ident())
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads) and not wrong
+
+
+@pytest.mark.native
+def test_fork_after_threads():
+    run("""
+        import os, signal, torch, wsss_kernels as wk
+        torch.set_num_threads(2)
+        image, unary = torch.zeros(1, 3, 70, 80, dtype=torch.uint8), torch.rand(1, 3, 70, 80)
+        expected = wk.dense_crf(image, unary)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            torch.set_num_threads(2)
+            os._exit(0 if torch.equal(wk.dense_crf(image, unary), expected) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        """)
+
+
+@pytest.mark.native
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory():
+    """Of 21 labels on 375 x 500: rows of 24 floats a pixel, 45 values a pixel for the lattices, and their points."""
+    peak, leak = map(float, run("""
+        import resource, torch, wsss_kernels as wk
+        torch.set_num_threads(2)
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        def now():
+            with open("/proc/self/statm") as f:
+                return int(f.read().split()[1]) * resource.getpagesize() / 2**20
+        y, x = torch.meshgrid(torch.arange(375), torch.arange(500), indexing="ij")
+        image = torch.stack([x / 2, y / 2, (x + y) / 4])[None].byte()
+        unary = torch.rand(1, 21, 375, 500)
+        wk.dense_crf(image[..., :40, :40], unary[..., :40, :40])
+        before = peak()
+        wk.dense_crf(image, unary)
+        print(peak() - before)
+        image, unary = image[..., :40, :70].contiguous(), unary[:, :3, :40, :70].contiguous().requires_grad_()
+        def call():
+            wk.dense_crf(image, unary.detach(), iterations=1)
+            wk.dense_energy_loss(image, unary).backward()
+        for _ in range(200):
+            call()
+        before = now()
+        for _ in range(1000):
+            call()
+        print(now() - before)
+        """).split())  # fmt: skip
+    plane = 375 * 500 * 4 / 2**20
+    assert peak < (21 + 24 + 45 + 24) * plane * 1.1
+    assert leak < 1
+
+
+GARBAGE = """
+import random, sys, warnings
+import torch
+import wsss_kernels as wk
+
+warnings.simplefilter("ignore")
+draw = random.Random(int(sys.argv[1]))
+torch.manual_seed(int(sys.argv[1]))
+nan, inf = float("nan"), float("inf")
+NUMBERS = [0, 1, 3, -1, 0.5, 13.0, 80.0, 1e-9, 1e-300, 5e-324, 1e39, 1e300, nan, inf, -inf, 2**31, 10**400, True, None,
+           "5", [], torch.tensor(5.0)]
+DTYPES = [torch.float32] * 6 + [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64]
+FILLS = [nan, inf, -inf, 0.0, 1e38, -1e38, 1e-40, 255.0]
+
+def tensor(*size, dtypes=DTYPES):
+    if draw.random() < 0.05:
+        size = [draw.choice([0, 1, 3]) for _ in range(draw.randrange(6))]
+    x = torch.rand(size) * 200 if draw.random() < 0.7 else torch.full(size, draw.choice(FILLS))
+    x = x.to(draw.choice(dtypes))
+    kind = draw.randrange(16)
+    if kind == 0:
+        return torch.empty(size, device="meta")
+    if kind == 1 and x.dim() >= 2:
+        return x.mT.contiguous().mT
+    if kind == 2:
+        return x.tolist()
+    if kind == 3 and x.is_floating_point():
+        return x.requires_grad_()
+    return x
+
+def number(usual):
+    return draw.choice(NUMBERS) if draw.random() < 0.15 else usual
+
+raised = done = 0
+for _ in range(int(sys.argv[2])):
+    batch, labels, height, width = (draw.choice([0, 1, 1, 2, 3, 5, 17, 33]) for _ in range(4))
+    image = tensor(batch, 3, height, width, dtypes=[torch.uint8] * 6 + DTYPES)
+    maps = tensor(batch, labels, height, width)
+    try:
+        if draw.random() < 0.5:
+            out = wk.dense_crf(image, maps, iterations=number(2), gaussian=(number(3), number(3)),
+                               bilateral=(number(80), number(13), number(10)))
+        else:
+            roi = draw.choice([None, None, tensor(batch, height, width), tensor(batch, 1, height, width)])
+            out = wk.dense_energy_loss(image, maps, roi=roi, sigma_rgb=number(15), sigma_xy=number(100))
+            if out.requires_grad:
+                out.backward()
+        done += 1
+    except (TypeError, ValueError, RuntimeError):
+        raised += 1
+assert raised > 50 and done > 50, (raised, done)
+"""
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("seed", range(2))
+def test_garbage(seed):
+    """Only TypeError, ValueError and RuntimeError come out, and the process lives."""
+    run(GARBAGE, str(seed), "1500")

@@ -31,7 +31,7 @@ def dense_energy_loss(
 
     Returns:
         A number: float32 (float64 for float64 probs), also under autocast, since float16 could not hold it. 0 without
-        pixels. Differentiable once in probs: the gradient is found together with the loss.
+        pixels, NaN with a NaN in probs. Differentiable once in probs: the gradient is found together with the loss.
 
     Raises:
         TypeError, ValueError: an argument outside this contract, named.

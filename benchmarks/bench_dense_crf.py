@@ -1,0 +1,126 @@
+"""`dense_crf` beside pydensecrf, and `dense_energy_loss` beside a call for every image and class."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import wsss_kernels as wk
+from benchmarks import sizes
+from benchmarks.measure import Aim, Case, Inputs, Result, Way, with_pytest
+from benchmarks.sizes import Size
+
+HAS_PYDENSECRF = importlib.util.find_spec("pydensecrf") is not None  # pip install pydensecrf2
+VOC = Size("voc 375x500", *sizes.PICTURE)
+COCO = Size("coco 480x640", 480, 640)
+CROP = Size("crop 160x160 batch 4", 160, 160, batch=4)  # a 320x320 training crop at half size
+
+
+def _picture(size: Size) -> Tensor:
+    """A picture with little noise, as photographs have: flat ones and noisy ones differ in their lattice."""
+    seeds = range(3, 3 + size.batch)
+    pictures = [sizes.picture((size.height, size.width), seed).float() for seed in seeds]
+    smooth = torch.nn.functional.avg_pool2d(torch.cat(pictures), 5, stride=1, padding=2, count_include_pad=False)
+    return smooth.round().to(torch.uint8)
+
+
+def _probs(size: Size, labels: int) -> Tensor:
+    return (4 * sizes.maps(size, labels)).softmax(1)
+
+
+def _wrong_labels(result: Result, expected: Result, inputs: Inputs) -> float:
+    """The share of pixels whose label differs: where a pixel lies between two simplices, rounding decides."""
+    assert isinstance(result, Tensor) and isinstance(expected, Tensor)
+    return float((result.argmax(1) != expected.argmax(1)).double().mean())
+
+
+def _pydensecrf(inputs: Inputs) -> Callable[[], Tensor]:
+    from pydensecrf import densecrf
+
+    labels, height, width = inputs["unary"].shape[1:]
+    unary = inputs["unary"].reshape(labels, -1).numpy()
+    image = np.ascontiguousarray(inputs["image"][0].permute(1, 2, 0).numpy())
+
+    def call() -> Tensor:
+        crf = densecrf.DenseCRF2D(width, height, labels)
+        crf.setUnaryEnergy(unary)
+        crf.addPairwiseGaussian(sxy=3, compat=3)
+        crf.addPairwiseBilateral(sxy=80, srgb=13, rgbim=image, compat=10)
+        return torch.from_numpy(np.array(crf.inference(10))).view(1, labels, height, width)
+
+    return call
+
+
+def _crf(size: Size, labels: int, least: float, *, quick: bool = False) -> Case:
+    def inputs(size: Size) -> Inputs:
+        return {"image": _picture(size), "unary": wk.unary_from_probabilities(_probs(size, labels))}
+
+    peers = (Way("pydensecrf", "published", _pydensecrf, tolerance=1e-3, compare=_wrong_labels),)
+    return Case(
+        name=f"dense_crf {labels} labels {size.name}",
+        op="dense_crf",
+        groups=("crf",),
+        size=size,
+        channels=labels,
+        inputs=inputs,
+        expected=lambda i: wk.reference.dense_crf(i["image"], i["unary"].double()),
+        ways=(
+            Way("ours", "ours", lambda i: lambda: wk.dense_crf(i["image"], i["unary"]), tolerance=1e-4),
+            *(peers if HAS_PYDENSECRF else ()),
+        ),
+        aims=(Aim("pydensecrf", "ratio", least=least),) if HAS_PYDENSECRF else (),
+        quick=quick,
+    )
+
+
+def _loss_and_gradient(inputs: Inputs, loss: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    probs = inputs["probs"].to(dtype).requires_grad_()
+    value = loss(inputs["image"], probs, sigma_xy=50.0)
+    return value.detach(), *torch.autograd.grad(value, probs)
+
+
+def _by_image_and_class(image: Tensor, probs: Tensor, sigma_xy: float) -> Tensor:
+    total = probs.new_zeros(())
+    for picture, planes in zip(image.split(1), probs.split(1), strict=True):
+        for plane in planes.split(1, dim=1):
+            total = total + wk.dense_energy_loss(picture, plane, sigma_xy=sigma_xy)
+    return total / len(image)
+
+
+def _energy(size: Size, labels: int, *, quick: bool = False) -> Case:
+    def way(name: str, kind: str, loss: Callable[..., Tensor]) -> Way:
+        return Way(name, kind, lambda i: lambda: _loss_and_gradient(i, loss, torch.float32), tolerance=1e-4)
+
+    return Case(
+        name=f"dense_energy_loss, forward + backward {labels} labels {size.name}",
+        op="dense_energy_loss",
+        groups=("crf",),
+        size=size,
+        channels=labels,
+        inputs=lambda size: {"image": _picture(size), "probs": _probs(size, labels)},
+        expected=lambda i: _loss_and_gradient(i, wk.reference.dense_energy_loss, torch.float64),
+        ways=(
+            way("ours", "ours", wk.dense_energy_loss),
+            way("a call for every image and class", "library", _by_image_and_class),
+        ),
+        aims=(Aim("a call for every image and class", "ratio", least=4),),
+        quick=quick,
+    )
+
+
+CASES: list[Case] = [
+    _crf(VOC, 3, 3, quick=True),
+    _crf(VOC, 21, 4),
+    _crf(COCO, 81, 5),
+    _energy(CROP, 21, quick=True),
+]
+GPU_CASES: list[Case] = []
+
+
+def test_dense_crf(benchmark: Any, case: Case, way: Way) -> None:
+    with_pytest(benchmark, case, way)
