@@ -61,7 +61,7 @@ def _why_no_cuda(name: str, device_index: int | None) -> str:
     if torch.version.hip is not None:
         return "the compiled kernels are CUDA's, this torch is ROCm's"
     if not hasattr(native, f"{name}_cuda"):
-        return "the module was compiled without CUDA"
+        return f"{name} has no CUDA kernel" if native.cuda_archs else "the module was compiled without CUDA"
     if device_index is not None and not native.cuda_runs_on(device_index):
         return f"the module was compiled for the CUDA architectures {native.cuda_archs}, which this GPU does not run"
     return ""

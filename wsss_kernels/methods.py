@@ -6,22 +6,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wsss_kernels import _check
 from wsss_kernels.colour import check_picture, grid_size, walk_features
-from wsss_kernels.ops import local_affinity, random_walk
+from wsss_kernels.ops import boundary_affinity, local_affinity, random_walk
 
 Size = tuple[int, int]
 
 # What a published pipeline sets: (method, background, options).
-PRESETS: dict[str, tuple[str, float, dict[str, Any]]] = {
+PRESETS: dict[str, tuple[str, float | None, dict[str, Any]]] = {
     # Ahn and Kwak, CVPR 2018: walk on AffinityNet's own features, whose affinity was trained with scale 1.
     "psa": (
         "affinity",
         16.0,
         {"radius": 5, "metric": "l1", "scale": 1.0, "border": "cropped", "beta": 8, "steps": 256},
     ),
+    # Ahn, Cho and Kwak, CVPR 2019; its background is no map but the constant 0.25 of `boundary_labels`.
+    "irn": ("boundary", None, {"radius": 5, "beta": 10, "steps": 256}),
 }
 
 
@@ -65,6 +68,15 @@ def _run_guide(maps: Tensor, picture: Tensor, grid: Size, o: dict[str, Any]) -> 
     return _walk(maps, walk_features(picture, grid).to(maps.dtype), "guide", grid, o)
 
 
+def _run_boundary(maps: Tensor, boundary: Tensor, _: Size, o: dict[str, Any]) -> Tensor:
+    boundary = boundary.to(maps.dtype)
+    affinity = boundary_affinity(boundary, o["radius"])
+    return random_walk(
+        maps * (1 - boundary), affinity, radius=o["radius"], beta=o["beta"], steps=o["steps"], solver=o["solver"],
+        tol=o["tol"],
+    )  # fmt: skip
+
+
 def _feature_grid(feats: Tensor, _: dict[str, Any]) -> Size:
     return feats.shape[-2], feats.shape[-1]
 
@@ -78,12 +90,30 @@ def _check_features(name: str, feats: Tensor) -> None:
     _check.tensor(name, feats, "B D h w")
 
 
+def check_boundary(name: str, boundary: Tensor) -> None:
+    """Refuses what is no map of probabilities; the values are looked at where that waits for no GPU (NaN passes)."""
+    _check.tensor(name, boundary, "B 1 h w")
+    if boundary.shape[1] != 1:
+        raise ValueError(f"{name} must have exactly one channel, [B, 1, h, w], got {_check.describe(boundary)}")
+    if torch.compiler.is_compiling() or boundary.device.type != "cpu" or not boundary.numel():
+        return
+    low, high = (float(v) for v in torch.aminmax(boundary.detach()))
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"{name} must be boundary probabilities in 0..1, got {low:g} to {high:g} (logits? pass their sigmoid)"
+        )
+
+
 _WALK = {"radius": 5, "border": "full", "beta": 8.0, "steps": "auto", "solver": "auto", "tol": 1e-4}
 _IMAGE = {**_WALK, "scale": 1.0, "grid": 128}
 METHODS = {  # with their default options
     "affinity": Stage(_check_features, _feature_grid, _run_affinity, {**_WALK, "metric": "l1", "scale": "auto"}),
     "image": Stage(check_picture, _image_grid, _run_image, _IMAGE),
-}
+    "boundary": Stage(
+        check_boundary, _feature_grid, _run_boundary,
+        {"radius": 5, "beta": 10.0, "steps": 256, "solver": "auto", "tol": 1e-4},
+    ),
+}  # fmt: skip
 GUIDE = Stage(check_picture, _image_grid, _run_guide, _IMAGE)  # follows a walk on features
 
 
@@ -99,6 +129,8 @@ def stages_of(method: str | tuple[str, ...], given: dict[str, Any]) -> list[Stag
     if unknown:
         raise TypeError(f"{unknown[0]} is no option of method={method!r}, which has {', '.join(sorted(valid))}")
     if "steps" in given and isinstance(given["steps"], str):
+        if "boundary" in names:
+            raise TypeError(f'steps must be a whole number >= 0 for method="boundary", got {given["steps"]!r}')
         _check.choice("steps", given["steps"], ("auto",))
     if "grid" in given:
         _check.whole("grid", given["grid"], "a whole number of pixels >= 1 (long side)", least=1)

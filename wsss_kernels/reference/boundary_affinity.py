@@ -19,5 +19,5 @@ def boundary_affinity(boundary: Tensor, radius: int = 5) -> Tensor:
     if not planes:
         return boundary[:, :0].clone()
     affinity = 1 - torch.stack(planes, dim=1)  # [B, K, H, W]
-    exists = pair_exists(*x.shape[-2:], radius, "full", x.device)
+    exists = pair_exists(x.shape[1], x.shape[2], radius, "full", x.device)
     return torch.where(exists, affinity, torch.zeros_like(affinity)).to(boundary.dtype)
