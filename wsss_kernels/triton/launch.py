@@ -39,6 +39,8 @@ WALK = {
     for small in (True, False)
 }
 DEGREE = Configuration(256, {"LINKS": 8, "PIXELS": 32})
+PATHS = Configuration(128, {"PIXELS": 256})
+PATH_GRADIENT = Configuration(128, {"PIXELS": 128})
 WALK_GRADIENT = Configuration(128, {"LINKS": 8, "PIXELS": 64})
 
 # Fewer programs than this, a few for each multiprocessor, leave the large blocks' machine partly idle.
