@@ -35,7 +35,12 @@ Result = Tensor | Sequence[Tensor]
 Row = dict[str, Any]
 
 VISIT = 0.02  # seconds at least that a way runs when its turn comes; its time is the mean of the calls
-MODULES = ("benchmarks.bench_random_walk", "benchmarks.bench_local_affinity", "benchmarks.bench_refine")
+MODULES = (
+    "benchmarks.bench_boundary_affinity",
+    "benchmarks.bench_random_walk",
+    "benchmarks.bench_local_affinity",
+    "benchmarks.bench_refine",
+)
 RESULTS = Path(__file__).parent / "results"
 
 

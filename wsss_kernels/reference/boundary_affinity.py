@@ -14,7 +14,8 @@ def boundary_affinity(boundary: Tensor, radius: int = 5) -> Tensor:
     x = (boundary if boundary.dtype == torch.float64 else boundary.float())[:, 0]  # [B, H, W]
     planes = []
     for offset in neighbour_offsets(radius):
-        path = torch.stack([shifted(x, dy, dx) for dy, dx in neighbour_path(offset)])
+        *others, _ = neighbour_path(offset)  # the last is the pixel itself
+        path = torch.stack([*(shifted(x, dy, dx) for dy, dx in others), x])
         planes.append(path.max(dim=0).values)  # the gradient goes to the first of equal maxima
     if not planes:
         return boundary[:, :0].clone()

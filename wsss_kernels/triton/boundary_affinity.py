@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, disable-error-code="assignment"
 """Affinity between pixels with no boundary between them in Triton: what ops/boundary_affinity.py says, on any device.
 
-A path to (dy, dx) has one or two points at each distance |y| + |x| = c from the pixel, c = 0 .. n = dy + |dx|: the point
-(y, c - y) lies |dy c - n y| / sqrt(dy^2 + dx^2) off the line, so that y is the quotient of dy c and n, rounded down, up,
-or either. Descending c and ascending y is the order in which equal maxima count.
+A path to (dy, dx) has one or two points at each distance |y| + |x| = c from the pixel, c = 0 .. n = dy + |dx|: the
+point (y, c - y) lies |dy c - n y| / sqrt(dy^2 + dx^2) off the line, so that y is the quotient of dy c and n, rounded
+down, up, or either. Descending c and ascending y is the order in which equal maxima count.
 """
 
 import torch
