@@ -97,8 +97,9 @@ WSSS_ALWAYS_INLINE void backward_group(const PathTree& tree, const int32_t* keys
       float* const point = points + step->point * ptrdiff_t(kPointLine);
       unroll<0, G>([&](auto g) __attribute__((always_inline)) {
         const VecInt here = load(keys + step->at + g * n) >= largest[depth - 1][g];
-        store(point + g * n, load(point + g * n) + (here ? flow[g] : V{}));
-        flow[g] = here ? V{} : flow[g];
+        const V taken = here ? flow[g] : V{};
+        store(point + g * n, load(point + g * n) + taken);
+        flow[g] = (V)((VecInt)flow[g] ^ (VecInt)taken);  // what was not
       });
     }
     unroll<0, G>([&](auto g) __attribute__((always_inline)) {
