@@ -268,3 +268,65 @@ def library_refine(cams: Tensor, feats: Tensor, alpha: float, steps: int, *, aut
         matrix = to_torch_csr(transition_matrix(affinity, 8.0))
     refined = torch_csr_walk(background_map(cams, alpha), matrix, steps)
     return refined / refined.amax() if automatic else refined
+
+
+# Boundaries -----------------------------------------------------------------------------------------------------------
+
+
+def published_paths(height: int, width: int, radius: int) -> list[Tensor]:
+    """Pixels of the paths of all published pairs, by the number of points L on a path: [pairs, L, S] each.
+
+    Sources lie in all but the last radius - 1 rows and the radius - 1 columns on either side.
+    """
+    margin = radius - 1
+    number = torch.arange(height * width).view(height, width)
+    rows, columns = height - margin, width - 2 * margin
+    by_length: dict[int, list[Tensor]] = {}
+    for offset in neighbour_offsets(radius):
+        path = [number[dy : dy + rows, margin + dx : margin + dx + columns].flatten()
+                for dy, dx in _points_between(offset)]  # fmt: skip
+        by_length.setdefault(len(path), []).append(torch.stack(path))
+    return [torch.stack(by_length[length]) for length in sorted(by_length)]
+
+
+def _points_between(offset: tuple[int, int]) -> list[tuple[int, int]]:
+    to_y, to_x = offset
+    box = [(y, x) for y in range(to_y + 1) for x in range(min(0, to_x), max(0, to_x) + 1)]
+    near = [(y, x) for y, x in box if (to_y * x - to_x * y) ** 2 < to_y**2 + to_x**2]
+    return sorted(near, key=lambda point: -abs(point[0]) - abs(point[1]))
+
+
+def gathered_boundary_affinity(boundary: Tensor, paths: list[Tensor]) -> Tensor:
+    """[B, 1, H, W] -> [B, K, S], K grouped by path length: all pixels of all paths, then their maxima by pooling."""
+    flat = boundary.flatten(1)
+    planes = []
+    for pixels in paths:
+        pairs, length, sources = pixels.shape
+        along = flat.index_select(1, pixels.flatten()).view(-1, pairs, length, sources)
+        planes.append(1 - F.max_pool2d(along, (length, 1)).squeeze(2))
+    return torch.cat(planes, dim=1)
+
+
+def published_boundary_view(affinity: Tensor, radius: int) -> Tensor:
+    """[B, K, H, W] in the order of neighbour_offsets -> [B, K, S], the published pairs grouped by path length."""
+    margin = radius - 1
+    lengths = [len(_points_between(offset)) for offset in neighbour_offsets(radius)]
+    order = sorted(range(len(lengths)), key=lambda k: lengths[k])
+    height, width = affinity.shape[-2:]
+    return affinity[:, order, : height - margin, margin : width - margin].flatten(2)
+
+
+def shifted_boundary_affinity(boundary: Tensor, radius: int) -> Tensor:
+    """[B, 1, H, W] -> [B, K, H, W] by running maxima of shifted views, no gather."""
+    height, width = boundary.shape[-2:]
+    margin = radius - 1
+    padded = F.pad(boundary[:, 0], (margin, margin, 0, margin))
+    planes = []
+    for dy, dx in neighbour_offsets(radius):
+        largest = boundary[:, 0]
+        for y, x in _points_between((dy, dx))[:-1]:
+            largest = torch.maximum(largest, padded[:, y : y + height, margin + x : margin + x + width])
+        inside = torch.zeros(height, width, dtype=boundary.dtype, device=boundary.device)
+        inside[: max(0, height - dy), max(0, -dx) : max(0, width - max(0, dx))] = 1
+        planes.append((1 - largest) * inside)
+    return torch.stack(planes, dim=1)

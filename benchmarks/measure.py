@@ -41,6 +41,7 @@ MODULES = (
     "benchmarks.bench_attention_walk",
     "benchmarks.bench_mask_vote",
     "benchmarks.bench_dense_crf",
+    "benchmarks.bench_boundary_affinity",
     "benchmarks.bench_refine",
 )
 RESULTS = Path(__file__).parent / "results"

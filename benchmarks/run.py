@@ -1,6 +1,6 @@
 """`python -m benchmarks`: the table of speed and memory, each way checked against float64 before it is timed.
 
-python -m benchmarks [--quick | --full] [--only walk affinity crf attention vote refine memory overhead]
+python -m benchmarks [--quick | --full] [--only walk affinity boundary crf attention vote refine memory overhead]
                      [--threads N] [--write]
 python -m benchmarks --device cuda [--only walk affinity refine overhead compile] [--ours] [--write]
 """
@@ -33,7 +33,20 @@ from benchmarks.measure import (
     run_case,
 )
 
-GROUPS = ("walk", "affinity", "crf", "attention", "vote", "refine", "memory", "overhead", "compile")  # compile: on a GPU
+# compile: on a GPU
+GROUPS = (
+    "walk",
+    "affinity",
+    "boundary",
+    "crf",
+    "attention",
+    "vote",
+    "refine",
+    "memory",
+    "overhead",
+    "compile",
+    ,
+)
 IMPORT = "import time, torch; start = time.perf_counter(); import wsss_kernels; print(time.perf_counter() - start)"
 
 

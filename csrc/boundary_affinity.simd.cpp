@@ -66,21 +66,23 @@ WSSS_ALWAYS_INLINE void forward_group(const PathTree& tree, const int32_t* keys,
 // Gradients of one row's pairs [K][kPathTileGap], 0 where there is none, to the points they belong to.
 template <int G>
 WSSS_ALWAYS_INLINE void backward_group(const PathTree& tree, const int32_t* keys, const float* pairs, float* points) {
-  VecInt largest[kMaxPathDepth][G];
+  VecInt here[kMaxPathDepth][G], at_fork[kMaxPathDepth][G], m[G];  // here: whether a step's point is its maximum
   V waiting[kMaxPathDepth][G], flow[G];  // gradients of maxima: those that wait at a fork, those on their way up
-  unroll<0, G>([&](auto g) __attribute__((always_inline)) { largest[0][g] = load(keys + g * n); });
+  unroll<0, G>([&](auto g) __attribute__((always_inline)) { at_fork[0][g] = load(keys + g * n); });
   for (int b = 0; b < tree.branch_count; ++b) {
     const PathBranch& branch = tree.branches[b];
     const PathStep* step = tree.down + branch.down;
     const PathStep* end = tree.down + branch.down_end;
-    VecInt m[G];
-    unroll<0, G>([&](auto g) __attribute__((always_inline)) { m[g] = largest[step->depth - 1][g]; });
+    unroll<0, G>([&](auto g) __attribute__((always_inline)) { m[g] = at_fork[step->depth - 1][g]; });
     for (; step < end; ++step) {
       unroll<0, G>([&](auto g) __attribute__((always_inline)) {
         const VecInt key = load(keys + step->at + g * n);
+        here[step->depth][g] = key >= m[g];
         m[g] = key > m[g] ? key : m[g];
-        largest[step->depth][g] = m[g];
       });
+      if (step->forks) {
+        unroll<0, G>([&](auto g) __attribute__((always_inline)) { at_fork[step->depth][g] = m[g]; });
+      }
     }
     step = tree.up + branch.up;
     end = tree.up + branch.up_end;
@@ -96,9 +98,8 @@ WSSS_ALWAYS_INLINE void backward_group(const PathTree& tree, const int32_t* keys
       }
       float* const point = points + step->point * ptrdiff_t(kPointLine);
       unroll<0, G>([&](auto g) __attribute__((always_inline)) {
-        const VecInt here = load(keys + step->at + g * n) >= largest[depth - 1][g];
-        store(point + g * n, load(point + g * n) + (here ? flow[g] : V{}));
-        flow[g] = here ? V{} : flow[g];
+        store(point + g * n, load(point + g * n) + (V)((VecInt)flow[g] & here[depth][g]));
+        flow[g] = (V)((VecInt)flow[g] & ~here[depth][g]);
       });
     }
     unroll<0, G>([&](auto g) __attribute__((always_inline)) {

@@ -1,6 +1,6 @@
 """Calls every kernel on small inputs and compares with the CPU: a short run for compute-sanitizer.
 
-python tests/every_kernel.py [walk] [affinity] [attention] [vote] [refine] [--device cuda]
+python tests/every_kernel.py [walk] [affinity] [boundary] [attention] [vote] [refine] [--device cuda]
 """
 
 from __future__ import annotations
@@ -47,6 +47,17 @@ def affinity(device):
                 [rand(*shape, dtype=dtype)],
                 device,
             )
+
+
+def boundary(device):
+    shapes = ((2, 1, 9, 13, torch.float32), (1, 1, 34, 45, torch.float32), (1, 1, 3, 2, torch.float16))
+    for (*shape, dtype), radius in itertools.product(shapes, (5, 10)):
+        compare(
+            f"boundary {shape} {dtype} radius {radius}",
+            lambda x: wk.boundary_affinity(x, radius),  # noqa: B023
+            [rand(*shape, dtype=dtype)],
+            device,
+        )
 
 
 def walk(device):
@@ -110,7 +121,14 @@ def refine(device):
 
 
 def main(argv: list[str] | None = None) -> None:
-    groups = {"affinity": affinity, "walk": walk, "attention": attention, "vote": vote, "refine": refine}
+    groups = {
+        "affinity": affinity,
+        "boundary": boundary,
+        "walk": walk,
+        "attention": attention,
+        "vote": vote,
+        "refine": refine,
+    }
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="OP", help=f"of {', '.join(groups)} (default: all)")
     parser.add_argument("--device", default="cuda", type=torch.device)

@@ -183,6 +183,55 @@ def test_opcheck_of_the_backward_affinity(device, shape, dtype, grad, options):
     torch.library.opcheck(OPS.local_affinity_backward.default, (upstream, feats, affinity, scales, *options))
 
 
+BOUNDARIES = [
+    ((2, 1, 6, 9), torch.float32, True, 5),
+    ((1, 1, 4, 3), torch.float16, False, 3),
+    ((1, 1, 1, 5), torch.bfloat16, True, 10),
+    ((1, 1, 8, 6), torch.float32, False, 1),
+]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("shape, dtype, grad, radius", BOUNDARIES)
+def test_opcheck_of_the_boundary_affinity(device, shape, dtype, grad, radius):
+    boundary = rand(*shape, device=device).to(dtype)
+    torch.library.opcheck(OPS.boundary_affinity.default, (boundary.requires_grad_(grad), radius))
+    torch.library.opcheck(OPS.boundary_affinity.default, (boundary.detach().mT.contiguous().mT, radius))
+    upstream = rand(shape[0], len(wk.neighbour_offsets(radius)), *shape[2:], seed=2, device=device).to(dtype)
+    torch.library.opcheck(OPS.boundary_affinity_backward.default, (upstream, boundary.detach(), radius))
+
+
+@pytest.mark.native
+def test_compiled_boundary_affinity(device):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def op(boundary, maps):
+        affinity = wk.boundary_affinity(boundary.sigmoid())
+        return wk.random_walk(maps, affinity, beta=10, steps=17) + 1
+
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend=counter)
+    for batch, _, *size in SIZES:
+        inputs = [rand(batch, 1, *size, device=device), rand(batch, 3, *size, seed=1, device=device)]
+        inputs = [x.requires_grad_() for x in inputs]
+        expected, out = op(*inputs), compiled(*inputs)
+        assert torch.equal(out, expected) and out.stride() == expected.stride()
+        wanted = torch.autograd.grad(expected.square().sum(), inputs)
+        assert all(map(torch.equal, torch.autograd.grad(out.square().sum(), inputs), wanted))
+    assert counter.frame_count <= 1 + 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_boundary_affinity_under_autocast(device, dtype):
+    logits = rand(1, 1, 6, 7, device=device).requires_grad_()
+    with torch.autocast(device.type, dtype):
+        low = (torch.eye(6, device=device) @ logits.flatten(1).view(6, 7)).view(1, 1, 6, 7)
+        out = wk.boundary_affinity(low)
+    assert out.dtype == low.dtype == dtype
+    assert (out.float() - wk.boundary_affinity(logits)).abs().max() < 2e-2
+    out.float().sum().backward()
+    assert logits.grad.isfinite().all() and logits.grad.dtype == torch.float32
+
+
 # Fake, meta, functorch, autocast, grad modes
 
 
@@ -263,9 +312,13 @@ def tangents(op, x):
 
 @pytest.mark.native
 @pytest.mark.parametrize("way", ["jvp", "dual"])
-@pytest.mark.parametrize("name", ["local_affinity", "random_walk"])
+@pytest.mark.parametrize("name", ["boundary_affinity", "local_affinity", "random_walk"])
 def test_forward_derivatives_are_right_or_refused(name, way):
-    op, x = (wk.local_affinity, FEATS[0]) if name == "local_affinity" else (walk_in_dtype, MAPS[0])
+    op, x = {
+        "boundary_affinity": (wk.boundary_affinity, FEATS[0][:, :1]),
+        "local_affinity": (wk.local_affinity, FEATS[0]),
+        "random_walk": (walk_in_dtype, MAPS[0]),
+    }[name]
     direction, expected = tangents(op, x)
 
     def dual():

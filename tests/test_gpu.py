@@ -10,7 +10,7 @@ from wsss_kernels.info import info
 
 pytestmark = pytest.mark.gpu
 
-OPS = ("local_affinity", "random_walk")
+OPS = ("boundary_affinity", "local_affinity", "random_walk")
 
 
 def rand(*shape, seed=0):
@@ -23,6 +23,10 @@ def affinity_of(feats):
 
 def cosine_of(feats):
     return wk.local_affinity(feats, radius=3, metric="cosine", border="cropped")
+
+
+def boundary_of(radius):
+    return lambda x: wk.boundary_affinity(x[:, :1].sigmoid(), radius)
 
 
 def walk(solver, tol=1e-4, radius=5):
@@ -50,6 +54,8 @@ def with_gradients(op):
 FORWARD = {
     "affinity": affinity_of,
     "cosine affinity": cosine_of,
+    "boundary affinity": boundary_of(5),
+    "boundary affinity of radius 10": boundary_of(10),
     "walk by power": walk("power"),
     "walk by series": walk("chebyshev"),
     "walk of radius 3": walk("auto", radius=3),

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import wsss_kernels as wk
-from wsss_kernels import _dispatch
+from wsss_kernels import _dispatch, reference
 
 
 def run(script: str, timeout: float = 120, **environment: str) -> str:
@@ -42,6 +42,8 @@ def everything(shapes=(((1, 6, 25, 50), 5), ((4, 3, 12, 21), 3))) -> list[torch.
             feats, maps = rand(batch, 20, height, width).requires_grad_(), rand(*shape, seed=1).requires_grad_()
             affinity = wk.local_affinity(feats, radius, metric=metric, scale="auto")
             walked = wk.random_walk(maps, affinity, radius=radius, steps=20, solver=solver, tol=tol)
+            near = wk.boundary_affinity(feats[:, :1], radius)
+            out += [near, *torch.autograd.grad(near.square().sum(), feats)]
             out += [affinity, walked, *torch.autograd.grad(walked.square().sum(), (maps, feats))]
         segments = (9 * rand(batch, height, width, seed=2)).long()
         out += [wk.mask_vote(maps, segments), wk.mask_vote(maps, [segments[:1] < 4] * batch, reduce="max")]
@@ -229,6 +231,35 @@ print(peak() - before)
 
 @pytest.mark.native
 @needs_linux
+def test_memory_of_the_boundary_affinity():
+    """Gathering the paths of [8, 1, 128, 128] for radius 10 takes 900 MB; beside result and gradient nothing grows."""
+    grown = float(run(MEASURE + """
+boundary = torch.rand(8, 1, 128, 128, requires_grad=True)
+grad = torch.rand(8, 152, 128, 128)
+wk.boundary_affinity(boundary[..., :9, :9], 10).sum().backward()
+before = peak()
+wk.boundary_affinity(boundary, 10).backward(grad)
+print(peak() - before)
+"""))  # fmt: skip
+    assert grown < 1.1 * 8 * 152 / 16 + 8  # MiB: 16 planes are 1 MiB
+
+
+@pytest.mark.native
+@needs_linux
+def test_memory_of_irnets_propagation():
+    """Its dense matrix is 681 MB at 94x125."""
+    grown = float(run(MEASURE + """
+cams, boundary = torch.rand(1, 2, 94, 125), torch.rand(1, 1, 94, 125)
+wk.refine_cams(cams[..., :9, :9], boundary[..., :9, :9], preset="irn")
+before = peak()
+wk.refine_cams(cams, boundary, preset="irn")
+print(peak() - before)
+"""))  # fmt: skip
+    assert grown < 20
+
+
+@pytest.mark.native
+@needs_linux
 def test_nothing_leaks():
     grown = float(run(MEASURE + """
 feats, maps = torch.rand(1, 4, 16, 17, requires_grad=True), torch.rand(1, 3, 16, 17, requires_grad=True)
@@ -280,16 +311,32 @@ def test_instruction_sets(isa, tmp_path, oracle, assert_close):
             tol = 1e-7 if i % 2 else 1e-5
             out = wk.random_walk(maps, affinity, radius=radius, beta=2.5 if i % 2 else 3, steps=steps, tol=tol)
             out.square().sum().backward()
-            results.append((radius, metric, scale, steps, 2.5 if i % 2 else 3,
+            near = wk.boundary_affinity(maps[:, :1], radius)
+            near_grad = torch.autograd.grad(near.square().sum(), maps)[0][:, :1]
+            results.append((near.detach(), near_grad, radius, metric, scale, steps, 2.5 if i % 2 else 3,
                             [t.detach() for t in (feats, maps, affinity, out)],
                             maps.grad, affinity.grad, feats.grad))
     torch.save(results, {str(tmp_path / "results.pt")!r})
     """
     run(script, WSSS_CPU_ISA=isa)
-    for radius, metric, scale, steps, beta, tensors, grad_maps, grad_affinity, grad_feats in torch.load(
-        tmp_path / "results.pt"
-    ):
+    for (
+        near,
+        near_grad,
+        radius,
+        metric,
+        scale,
+        steps,
+        beta,
+        tensors,
+        grad_maps,
+        grad_affinity,
+        grad_feats,
+    ) in torch.load(tmp_path / "results.pt"):
         feats, maps, affinity, out = tensors
+        edge = maps[:, :1].double().requires_grad_()
+        expected = reference.boundary_affinity(edge, radius)
+        assert_close(near, expected)
+        assert_close(near_grad, torch.autograd.grad(expected.square().sum(), edge)[0])
         exact = feats.double().requires_grad_()
         expected = oracle.affinity(exact, radius, metric, scale)
         assert_close(affinity, expected)
@@ -385,6 +432,13 @@ def affinity_call():
         metric=(0.5, word("l1", "cosine")), scale=(0.5, draw.choice([draw.choice(NUMBERS), 1.0, "auto"])),
         border=(0.5, word("full", "cropped")), nonsense=(0.02, 1)))
 
+def boundary_call():
+    x = tensor()
+    if isinstance(x, torch.Tensor) and not x.is_nested and x.dim() == 4 and draw.random() < 0.8:
+        x = x[:, :1]
+    return wk.boundary_affinity(x, *([draw.choice(NUMBERS)] if draw.random() < 0.3 else []),
+                                **some(radius=(0.1, draw.choice(NUMBERS)), nonsense=(0.02, 1)))
+
 def walk_call():
     maps, radius, affinity = tensor(), draw.choice([1, 2, 3, 5, 5, 5, 10]), None
     if isinstance(maps, torch.Tensor) and not maps.is_nested and maps.dim() == 4 and draw.random() < 0.9:
@@ -419,7 +473,7 @@ for call in range(calls):
         if kind == 9:
             wk.neighbour_offsets(draw.choice(NUMBERS))
         else:
-            makes = [affinity_call] * 3 + [walk_call] * 4 + [attention_call, vote_call]
+            makes = [affinity_call] * 3 + [walk_call] * 3 + [boundary_call, attention_call, vote_call]
             out = makes[kind]()
             if out.requires_grad and out.device.type == "cpu":
                 out.backward(torch.rand(out.shape).to(out.dtype))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import wsss_kernels as wk
-from wsss_kernels import _dispatch
+from wsss_kernels import _dispatch, reference
 
 _wanted = os.environ.get("WSSS_SWEEP_SEED", "0")
 SEED = random.SystemRandom().randrange(10**6) if _wanted == "random" else int(_wanted)
@@ -145,3 +145,29 @@ def test_mask_vote(device, first, assert_close, nan_filled):
         there = segments.cpu() if isinstance(segments, torch.Tensor) else [image.cpu() for image in segments]
         expected = wk.reference.mask_vote(maps.double().cpu(), there, reduce=reduce)
         check("result", out, expected, dtype, assert_close, case)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_boundary_affinity(device, first, assert_close, nan_filled):
+    for i in range(first, first + BLOCK):
+        draw = random.Random(f"boundary {SEED} {i}")
+        torch.manual_seed(draw.randrange(2**31))
+        batch, height, width = draw_sizes(draw)
+        radius, dtype, levels = (
+            draw.choice([1, 2, 3, 4, 5, 6, 7, 9, 12]),
+            draw.choice(list(TOLERANCE)),
+            draw.choice([1, 3, 99]),
+        )
+        values = torch.randint(0, levels + 1, (batch, 1, height, width)) / levels
+        boundary = odd_format(draw, values.to(dtype).to(device)).requires_grad_()
+        case = {"shape": list(boundary.shape), "dtype": dtype, "radius": radius, "levels": levels, "case": i}
+        out = wk.boundary_affinity(boundary, radius)
+        assert out.dtype == dtype and out.is_contiguous(), case
+        exact = boundary.detach().double().cpu().requires_grad_()
+        expected = reference.boundary_affinity(exact, radius)
+        check("result", out, expected, dtype, assert_close, case)
+        upstream = torch.randn(out.shape).to(dtype)
+        if radius > 1:
+            grad = torch.autograd.grad(out, boundary, upstream.to(device))[0]
+            wanted = torch.autograd.grad(expected, exact, upstream.double())[0]
+            check("gradient", grad, wanted, dtype, assert_close, case)

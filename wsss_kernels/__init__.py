@@ -3,7 +3,7 @@
 from wsss_kernels import reference
 from wsss_kernels.crf_labels import affinity_labels, confident_labels
 from wsss_kernels.info import info
-from wsss_kernels.labels import background_threshold, labels_from_maps
+from wsss_kernels.labels import background_threshold, boundary_labels, labels_from_maps
 from wsss_kernels.neighbours import neighbour_offsets
 from wsss_kernels.ops import (
     attention_walk,
@@ -26,6 +26,7 @@ __all__ = [
     "attention_walk",
     "background_threshold",
     "boundary_affinity",
+    "boundary_labels",
     "confident_labels",
     "dense_crf",
     "dense_energy_loss",

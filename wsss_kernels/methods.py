@@ -13,6 +13,7 @@ from wsss_kernels import _check
 from wsss_kernels.colour import check_picture, grid_size, walk_features
 from wsss_kernels.labels import background_threshold
 from wsss_kernels.ops.attention_walk import attention_walk
+from wsss_kernels.ops.boundary_affinity import boundary_affinity
 from wsss_kernels.ops.dense_crf import dense_crf
 from wsss_kernels.ops.local_affinity import local_affinity
 from wsss_kernels.ops.mask_vote import check_segments, mask_vote
@@ -32,6 +33,8 @@ PRESETS: dict[str, tuple[str, float | None, dict[str, Any]]] = {
     # Lin et al., CVPR 2023: on the mean attention of the last 8 layers of CLIP, each class by itself; its background
     # (1 - max) is made from the result.
     "clip-es": ("attention", None, {"sinkhorn": 3, "squarings": 1, "box_threshold": 0.4}),
+    # Ahn, Cho and Kwak, CVPR 2019; its background is no map but the constant 0.25 of `boundary_labels`.
+    "irn": ("boundary", None, {"radius": 5, "beta": 10, "steps": 256}),
 }
 
 
@@ -96,6 +99,15 @@ def _run_image(maps: Tensor, picture: Tensor, grid: Size, o: dict[str, Any]) -> 
 
 def _run_guide(maps: Tensor, picture: Tensor, grid: Size, o: dict[str, Any]) -> Tensor:
     return _walk(maps, walk_features(picture, grid).to(maps.dtype), "guide", grid, o)
+
+
+def _run_boundary(maps: Tensor, boundary: Tensor, _: Size, o: dict[str, Any]) -> Tensor:
+    boundary = boundary.to(maps.dtype)
+    affinity = boundary_affinity(boundary, o["radius"])
+    return random_walk(
+        maps * (1 - boundary), affinity, radius=o["radius"], beta=o["beta"], steps=o["steps"], solver=o["solver"],
+        tol=o["tol"],
+    )  # fmt: skip
 
 
 def _feature_grid(_: Tensor, feats: Tensor, o: dict[str, Any]) -> Size:
@@ -222,6 +234,20 @@ def _check_image_walk(options: dict[str, Any]) -> None:
     _check.whole("grid", options["grid"], "a whole number of pixels >= 1 (long side)", least=1)
 
 
+def check_boundary(name: str, boundary: Tensor) -> None:
+    """Refuses what is no map of probabilities; the values are looked at where that waits for no GPU (NaN passes)."""
+    _check.tensor(name, boundary, "B 1 h w")
+    if boundary.shape[1] != 1:
+        raise ValueError(f"{name} must have exactly one channel, [B, 1, h, w], got {_check.describe(boundary)}")
+    if torch.compiler.is_compiling() or boundary.device.type != "cpu" or not boundary.numel():
+        return
+    low, high = (float(v) for v in torch.aminmax(boundary.detach()))
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"{name} must be boundary probabilities in 0..1, got {low:g} to {high:g} (logits? pass their sigmoid)"
+        )
+
+
 _WALK = {"radius": 5, "border": "full", "beta": 8.0, "steps": "auto", "solver": "auto", "tol": 1e-4}
 _IMAGE = {**_WALK, "scale": 1.0, "grid": 128}
 METHODS = {
@@ -230,6 +256,10 @@ METHODS = {
         check_options=_check_walk,
     ),
     "image": Stage(check_picture, _image_grid, _run_image, _IMAGE, check_options=_check_image_walk),
+    "boundary": Stage(
+        check_boundary, _feature_grid, _run_boundary,
+        {"radius": 5, "beta": 10.0, "steps": 256, "solver": "auto", "tol": 1e-4},
+    ),
     "attention": Stage(
         _check_attention, _token_grid, _run_attention,
         {"grid": None, "sinkhorn": 3, "squarings": 1, "box_threshold": 0.4},

@@ -47,6 +47,9 @@ def refine_cams(
             colours (CIE Lab in a unit that suits the picture, see `colour.walk_features`, on a grid with long side <=
             `grid`). Options: grid=128, scale=1.0, and radius, border, beta, steps, solver, tol as above, the automatic
             steps being 240/256 of those.
+        "boundary": feats are [B, 1, h, w] probabilities of a boundary in 0..1 (others are refused on the CPU; elsewhere
+            they are not looked at); the working grid is theirs. The maps times (1 - feats) walk over
+            `boundary_affinity`, as IRNet's do. Options: radius, beta=10, steps=256, solver, tol.
         "attention": feats are the attention between a transformer's patch tokens, [B, n, n] (row: from, column: to), or
             [B, heads, n, n], or a list of such layers, averaged; without class token. The working grid is the tokens',
             `grid`=(h, w): by default that of cams if h w = n, else a square. Options: those of `attention_walk`
@@ -76,6 +79,8 @@ def refine_cams(
         size: of the result: None = that of cams, "feats", "guide", or (height, width).
         normalize: "image" divides all maps of an image by their common maximum (the order between classes stays),
             "class" each map by its own, None leaves them.
+        preset: "psa" or "irn" sets method, beta, steps and the method's other options as published, "psa" background
+            too; what is given wins. For IRNet's labels see `boundary_labels`.
         preset: "psa" or "clip-es": method, its options and background as published; what is given wins.
         **method_options: see above. One the method does not have is a TypeError that lists the valid ones.
 
@@ -87,7 +92,8 @@ def refine_cams(
     Raises:
         TypeError, ValueError: an argument outside this contract, named.
 
-    Source: Ahn and Kwak, CVPR 2018; the automatic scale and steps and the walk on colours are ours.
+    Source: Ahn and Kwak, CVPR 2018; Ahn, Cho and Kwak, CVPR 2019 ("boundary"); the automatic scale and steps and the
+    walk on colours are ours.
 
     Example:
         >>> import torch, wsss_kernels as wk

@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from wsss_kernels import neighbours
-from wsss_kernels.triton import launch, local_affinity, mask_vote, random_walk, region_boxes
+from wsss_kernels.triton import boundary_affinity, launch, local_affinity, mask_vote, random_walk, region_boxes
 
 TARGETS = (
     GPUTarget("cuda", 80, 32),
@@ -89,6 +89,10 @@ def recorded_programs() -> list[Program]:
         feats = torch.empty(1, 8, 6, 7, dtype=dtype, device="meta")
         affinity, scales = local_affinity.local_affinity(feats, radius, cosine, scale, False)
         local_affinity.local_affinity_backward(affinity, feats, affinity, scales, radius, cosine, scale, False)
+    for dtype in DTYPES:
+        boundary = torch.empty(1, 1, 6, 7, dtype=dtype, device="meta")
+        affinity = boundary_affinity.boundary_affinity(boundary, 5)
+        boundary_affinity.boundary_affinity_backward(affinity, boundary, 5)
     walks = itertools.product(DTYPES, (1, 2, 3), (6, 512), (1e-4, 1e-9))
     for dtype, channels, size, tol in walks:
         maps = torch.empty(1, channels, size, size, dtype=dtype, device="meta")

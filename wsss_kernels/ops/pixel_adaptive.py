@@ -87,7 +87,7 @@ def pixel_adaptive(
             maps = F.interpolate(maps.float(), size, mode="bilinear", align_corners=True)
     arguments = (variant == "par", rings, iterations)
     if _dispatch.calls_directly(maps):
-        out = (_pixel_adaptive_cuda if maps.is_cuda else _pixel_adaptive_cpu)(image, maps, *arguments)
+        out = _pixel_adaptive_cpu(image, maps, *arguments)
     else:
         out = torch.ops.wsss_kernels.pixel_adaptive(image.detach(), maps, *arguments)
     return out.to(dtype)
@@ -132,20 +132,6 @@ def _pixel_adaptive_backward_cpu(
     return _dispatch.as_output(out, grad.dtype)
 
 
-def _pixel_adaptive_cuda(image: Tensor, maps: Tensor, par: bool, dilations: list[int], iterations: int) -> Tensor:
-    from wsss_kernels.triton.pixel_adaptive import pixel_adaptive
-
-    return pixel_adaptive(image, maps, par, dilations, iterations)
-
-
-def _pixel_adaptive_backward_cuda(
-    grad: Tensor, image: Tensor, par: bool, dilations: list[int], iterations: int
-) -> Tensor:
-    from wsss_kernels.triton.pixel_adaptive import pixel_adaptive_backward
-
-    return pixel_adaptive_backward(grad, image, par, dilations, iterations)
-
-
 def _pixel_adaptive_fake(image: Tensor, maps: Tensor, par: bool, dilations: list[int], iterations: int) -> Tensor:
     return torch.empty_like(maps, memory_format=torch.contiguous_format)
 
@@ -168,8 +154,6 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 _dispatch.LIBRARY.impl("pixel_adaptive", _pixel_adaptive_cpu, "CPU")
 _dispatch.LIBRARY.impl("pixel_adaptive_backward", _pixel_adaptive_backward_cpu, "CPU")
-_dispatch.LIBRARY.impl("pixel_adaptive", _pixel_adaptive_cuda, "CUDA")
-_dispatch.LIBRARY.impl("pixel_adaptive_backward", _pixel_adaptive_backward_cuda, "CUDA")
 torch.library.register_fake("wsss_kernels::pixel_adaptive", _pixel_adaptive_fake, lib=_dispatch.LIBRARY)
 torch.library.register_fake(
     "wsss_kernels::pixel_adaptive_backward", _pixel_adaptive_backward_fake, lib=_dispatch.LIBRARY
@@ -178,3 +162,4 @@ torch.library.register_autograd(
     "wsss_kernels::pixel_adaptive", _backward, setup_context=_setup_context, lib=_dispatch.LIBRARY
 )
 _dispatch.refuse_second_derivative("pixel_adaptive")
+_dispatch.NO_GPU_KERNEL.update(("pixel_adaptive", "pixel_adaptive_backward"))

@@ -14,10 +14,11 @@ def boundary_affinity(boundary: Tensor, radius: int = 5) -> Tensor:
     x = (boundary if boundary.dtype == torch.float64 else boundary.float())[:, 0]  # [B, H, W]
     planes = []
     for offset in neighbour_offsets(radius):
-        path = torch.stack([shifted(x, dy, dx) for dy, dx in neighbour_path(offset)])
+        *others, _ = neighbour_path(offset)  # the last is the pixel itself
+        path = torch.stack([*(shifted(x, dy, dx) for dy, dx in others), x])
         planes.append(path.max(dim=0).values)  # the gradient goes to the first of equal maxima
     if not planes:
         return boundary[:, :0].clone()
     affinity = 1 - torch.stack(planes, dim=1)  # [B, K, H, W]
-    exists = pair_exists(*x.shape[-2:], radius, "full", x.device)
+    exists = pair_exists(x.shape[1], x.shape[2], radius, "full", x.device)
     return torch.where(exists, affinity, torch.zeros_like(affinity)).to(boundary.dtype)

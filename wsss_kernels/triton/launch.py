@@ -39,6 +39,8 @@ WALK = {
     for small in (True, False)
 }
 DEGREE = Configuration(256, {"LINKS": 8, "PIXELS": 32})
+PATHS = Configuration(128, {"PIXELS": 256})
+PATH_GRADIENT = Configuration(128, {"PIXELS": 128})
 WALK_GRADIENT = Configuration(128, {"LINKS": 8, "PIXELS": 64})
 REGIONS = Configuration(256, {"BLOCK": 1024})  # one program a map: as many threads as its barriers allow
 VOTE_SEGMENTS = Configuration(128, {"CHANNELS": 4, "BLOCK": 128})
