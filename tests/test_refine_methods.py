@@ -92,6 +92,22 @@ def test_attention_gets_the_present_classes_only(wk, cams, attention):
     close(refined, expected)
 
 
+@pytest.mark.parametrize("variant", ["pamr", "par"])
+def test_pixel_adaptive_is_the_op_at_the_picture(wk, cams, picture, variant):
+    grown = F.interpolate(cams, (30, 40), mode="bilinear", align_corners=False)
+    expected = wk.pixel_adaptive(picture.float(), grown, variant=variant, dilations=(1, 3), iterations=2)
+    refined = wk.refine_cams(
+        cams, picture, method=variant, dilations=(1, 3), iterations=2, size="feats", normalize=None
+    )
+    close(refined, expected)
+
+
+def test_afa_preset(wk, cams, picture):
+    close(wk.refine_cams(cams, picture, preset="afa"), wk.refine_cams(cams, picture, method="par"))
+    fewer = wk.refine_cams(cams, picture, preset="afa", iterations=2)
+    close(fewer, wk.refine_cams(cams, picture, method="par", iterations=2))
+
+
 def test_clip_es_preset(wk, cams, attention):
     close(wk.refine_cams(cams, attention, preset="clip-es"), wk.refine_cams(cams, attention, method="attention"))
     changed = wk.refine_cams(cams, attention, preset="clip-es", squarings=0)

@@ -17,6 +17,7 @@ from wsss_kernels.ops.boundary_affinity import boundary_affinity
 from wsss_kernels.ops.dense_crf import dense_crf
 from wsss_kernels.ops.local_affinity import local_affinity
 from wsss_kernels.ops.mask_vote import check_segments, mask_vote
+from wsss_kernels.ops.pixel_adaptive import pixel_adaptive
 from wsss_kernels.ops.random_walk import random_walk
 
 Size = tuple[int, int]
@@ -30,6 +31,9 @@ PRESETS: dict[str, tuple[str, float | None, dict[str, Any]]] = {
         16.0,
         {"radius": 5, "metric": "l1", "scale": 1.0, "border": "cropped", "beta": 8, "steps": 256},
     ),
+    # Ru et al., CVPR 2022: PAR with its own dilations; the published training runs it on the softmax over a constant
+    # background and the present classes, on a picture of half the size.
+    "afa": ("par", None, {"dilations": (1, 2, 4, 8, 12, 24), "iterations": 10}),
     # Lin et al., CVPR 2023: on the mean attention of the last 8 layers of CLIP, each class by itself; its background
     # (1 - max) is made from the result.
     "clip-es": ("attention", None, {"sinkhorn": 3, "squarings": 1, "box_threshold": 0.4}),
@@ -130,6 +134,14 @@ def _run_attention(maps: Tensor, attention: Tensor, _: Size, o: dict[str, Any]) 
 
 def _run_vote(maps: Tensor, segments: Tensor | list[Tensor], _: Size, o: dict[str, Any]) -> Tensor:
     return mask_vote(maps, segments, reduce=o["reduce"])
+
+
+def _run_pamr(maps: Tensor, picture: Tensor, _: Size, o: dict[str, Any]) -> Tensor:
+    return pixel_adaptive(picture.to(maps.dtype), maps, variant="pamr", **o)
+
+
+def _run_par(maps: Tensor, picture: Tensor, _: Size, o: dict[str, Any]) -> Tensor:
+    return pixel_adaptive(picture.to(maps.dtype), maps, variant="par", **o)
 
 
 def _run_crf(maps: Tensor, picture: Tensor, _: Size, o: dict[str, Any]) -> Tensor:
@@ -250,6 +262,7 @@ def check_boundary(name: str, boundary: Tensor) -> None:
 
 _WALK = {"radius": 5, "border": "full", "beta": 8.0, "steps": "auto", "solver": "auto", "tol": 1e-4}
 _IMAGE = {**_WALK, "scale": 1.0, "grid": 128}
+_PIXEL_ADAPTIVE = {"dilations": (1, 2, 4, 8, 12, 24), "iterations": 10}
 METHODS = {
     "affinity": Stage(
         _check_features, _feature_grid, _run_affinity, {**_WALK, "metric": "l1", "scale": "auto"},
@@ -265,6 +278,8 @@ METHODS = {
         {"grid": None, "sinkhorn": 3, "squarings": 1, "box_threshold": 0.4},
         batched=_batched_attention, check_options=_check_token_grid,
     ),
+    "pamr": Stage(check_picture, _picture_grid, _run_pamr, _PIXEL_ADAPTIVE),
+    "par": Stage(check_picture, _picture_grid, _run_par, _PIXEL_ADAPTIVE),
     "crf": Stage(
         check_picture, _picture_grid, _run_crf,
         {"iterations": 10, "gaussian": (1.0, 3.0), "bilateral": (64.0, 3.0, 4.0)}, background=_constant_background,

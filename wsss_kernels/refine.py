@@ -54,6 +54,7 @@ def refine_cams(
             [B, heads, n, n], or a list of such layers, averaged; without class token. The working grid is the tokens',
             `grid`=(h, w): by default that of cams if h w = n, else a square. Options: those of `attention_walk`
             (sinkhorn, squarings, box_threshold). In a list of images each has its own list of layers.
+        "pamr", "par": feats are the RGB picture; `pixel_adaptive` at its size. Options: dilations, iterations.
         "crf": feats are the RGB picture; the maps become the marginals of `dense_crf` at its size, started from
             -log(clip(score, 1e-5, 1)), score = [background, present classes] divided by their sum. Without `background`
             that map is a constant, `background_threshold` of the maps (and goes again). A gentle set by default:
@@ -79,9 +80,8 @@ def refine_cams(
         size: of the result: None = that of cams, "feats", "guide", or (height, width).
         normalize: "image" divides all maps of an image by their common maximum (the order between classes stays),
             "class" each map by its own, None leaves them.
-        preset: "psa" or "irn" sets method, beta, steps and the method's other options as published, "psa" background
-            too; what is given wins. For IRNet's labels see `boundary_labels`.
-        preset: "psa" or "clip-es": method, its options and background as published; what is given wins.
+        preset: "psa", "irn", "afa" or "clip-es": method, its options and background as published; what is given wins.
+            For IRNet's labels see `boundary_labels`.
         **method_options: see above. One the method does not have is a TypeError that lists the valid ones.
 
     Returns:
