@@ -45,7 +45,6 @@ GROUPS = (
     "memory",
     "overhead",
     "compile",
-    ,
 )
 IMPORT = "import time, torch; start = time.perf_counter(); import wsss_kernels; print(time.perf_counter() - start)"
 

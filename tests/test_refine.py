@@ -275,7 +275,7 @@ PICTURE = torch.zeros(1, 3, 6, 7, dtype=torch.uint8)
         ({"size": (0, 4)}, ValueError, "size must be"),
         ({"size": 7}, TypeError, "size must be"),
         ({"normalize": "both"}, ValueError, "normalize must be"),
-        ({"preset": "irnet"}, ValueError, "preset must be one of 'psa', 'irn'"),
+        ({"preset": "irnet"}, ValueError, "preset must be one of 'psa', 'afa', 'clip-es', 'irn'"),
         ({"grid": 64}, TypeError, "grid is no option of method='affinity', which has beta, border"),
         ({"steps": "all"}, ValueError, "steps must be one of 'auto'"),
         ({"steps": -1}, ValueError, "steps must be a whole number >= 0"),

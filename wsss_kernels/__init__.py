@@ -1,9 +1,10 @@
 """Fused refinement kernels for weakly-supervised semantic segmentation."""
 
 from wsss_kernels import reference
+from wsss_kernels.boundary_labels import boundary_labels
 from wsss_kernels.crf_labels import affinity_labels, confident_labels
 from wsss_kernels.info import info
-from wsss_kernels.labels import background_threshold, boundary_labels, labels_from_maps
+from wsss_kernels.labels import background_threshold, labels_from_maps
 from wsss_kernels.neighbours import neighbour_offsets
 from wsss_kernels.ops import (
     attention_walk,

@@ -6,12 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-from wsss_kernels import _check
-from wsss_kernels.methods import Size, check_boundary
-from wsss_kernels.refine import refine_cams
 
 IGNORE = 255
 
@@ -65,13 +60,13 @@ def background_threshold(maps: Tensor) -> Tensor:
         >>> bool(0.05 < background_threshold(maps) < 0.8)
         True
     """
-    _check_maps("maps", maps)
+    check_maps("maps", maps)
     if maps.ndim == 3:
         return background_threshold(maps[None])[0]
     batch = maps.shape[0]
     if maps.numel() == 0:
-        return _finite(maps).new_zeros(batch)
-    score = _finite(maps).amax(dim=1).clamp_min(0).flatten(1)  # [B, HW]
+        return finite(maps).new_zeros(batch)
+    score = finite(maps).amax(dim=1).clamp_min(0).flatten(1)  # [B, HW]
     peak = score.amax(dim=1)  # [B]
     u = (score / peak.clamp_min(_TINY)[:, None]).sqrt().clamp(_FLOOR, 1)
     cell = ((u - _FLOOR) * (_BINS / (1 - _FLOOR))).long().clamp_(0, _BINS - 1)
@@ -143,100 +138,15 @@ def labels_from_maps(
         ids = _ids_of_list(class_ids, len(maps))
         grounds = _backgrounds_of_list(background, len(maps))
         images = zip(maps, grounds, ids, strict=True)
-        return [_labels(_check_maps("maps", m)[None], b, i, ignore)[0] for m, b, i in images]
-    maps = _check_maps("maps", maps)
+        return [labels_at(check_maps("maps", m)[None], b, i, ignore)[0] for m, b, i in images]
+    maps = check_maps("maps", maps)
     if maps.ndim == 3:
-        return _labels(maps[None], background, class_ids, ignore)[0]
-    return _labels(maps, background, class_ids, ignore)
-
-
-_STRIDE = 4  # of IRNet's boundaries
+        return labels_at(maps[None], background, class_ids, ignore)[0]
+    return labels_at(maps, background, class_ids, ignore)
 
 
 @torch.no_grad()
-def boundary_labels(
-    cams: Tensor,
-    boundary: Tensor,
-    *,
-    background: float | Tensor = 0.25,
-    size: Size | None = None,
-    class_ids: Tensor | Sequence[int] | None = None,
-) -> Tensor:
-    """IRNet's last step: maps spread up to the boundaries, and the label of every pixel.
-
-        maps = `refine_cams(cams, boundary, preset="irn")` brought to size, divided by the image's maximum
-        label = 1 + argmax_c maps[b, c] (or class_ids of it) where that is > background, else 0
-
-    Sizes as published: cams and boundary at stride 4 of the picture, h = ceil(H / 4), and size = (H, W): the refined
-    maps grow fourfold and lose what hangs over the picture's edge. A size for which h and w are no such quarter is
-    reached by bilinear resizing; cams that have not the boundary's size are brought to it first, as `refine_cams` does.
-
-    Args:
-        cams: [B, C, H', W'] (or [C, H', W']) floating point, of the classes present only; negative values count as 0.
-        boundary: [B, 1, h, w] (or [1, h, w]) probability of a boundary, 0..1.
-        background: score up to which a pixel is background, in 0..1 of the image's maximum; one number or a tensor [B].
-        size: of the labels, (height, width) in pixels; None = that of cams.
-        class_ids: integers to write for the C classes instead of 1..C, as in `labels_from_maps`.
-
-    Returns:
-        Tensor: [B, height, width] (or [height, width]) int64 on the device of cams. Maps without a positive score give
-        background alone.
-
-    Raises:
-        TypeError, ValueError: an argument outside this contract, named.
-
-    Source: Ahn, Cho and Kwak, CVPR 2019, section 4.3, and the published code.
-
-    Example:
-        >>> boundary_labels(torch.rand(2, 94, 125), torch.rand(1, 94, 125), size=(375, 500)).shape
-        torch.Size([375, 500])
-    """
-    single = _check_maps("cams", cams).ndim == 3
-    if single:
-        cams = cams[None]
-        boundary = boundary[None] if isinstance(boundary, Tensor) and boundary.ndim == 3 else boundary
-    check_boundary("boundary", boundary)
-    _check.same_device("cams", cams, "boundary", boundary)
-    if boundary.shape[0] != cams.shape[0] or (cams.shape[0] and 0 in boundary.shape):
-        raise ValueError(
-            f"boundary must have the batch of cams ({cams.shape[0]}) and at least one pixel, "
-            f"got {_check.describe(boundary)}"
-        )
-    height, width = cams.shape[-2:] if size is None else _check_pair("size", size)
-    cams = cams if cams.dtype == torch.float64 else cams.float()
-    background = _per_image("background", background, cams).flatten()
-    if cams.numel() == 0:
-        maps = cams.new_zeros(*cams.shape[:2], height, width)
-    elif size is None:
-        maps = _irn_maps(cams, boundary, None)
-    elif tuple(boundary.shape[-2:]) == (-(-height // _STRIDE), -(-width // _STRIDE)):
-        maps = _irn_maps(cams, boundary, "feats")
-        maps = F.interpolate(maps, scale_factor=_STRIDE, mode="bilinear", align_corners=False)[..., :height, :width]
-    else:
-        maps = _irn_maps(cams, boundary, (height, width))
-    if maps.numel():
-        peak = _finite(maps).amax(dim=(1, 2, 3), keepdim=True)
-        maps = maps / torch.where(peak > 0, peak, 1.0)
-    labels = _labels(maps, background.expand(len(maps)), class_ids, None)
-    return labels[0] if single else labels
-
-
-def _irn_maps(cams: Tensor, boundary: Tensor, size: Size | str | None) -> Tensor:
-    maps = refine_cams(cams, boundary, preset="irn", size=size, normalize=None)
-    assert isinstance(maps, Tensor)
-    return maps
-
-
-def _check_pair(name: str, size: object) -> Size:
-    contract = f"{name} must be None or a pair (height, width) of whole numbers >= 1, got {size!r}"
-    if not isinstance(size, (tuple, list, torch.Size)):
-        raise TypeError(contract)
-    if len(size) != 2 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in size):
-        raise ValueError(contract)
-    return size[0], size[1]
-
-
-def _labels(
+def labels_at(
     maps: Tensor,
     background: float | Tensor | str | None,
     class_ids: Tensor | Sequence[int] | Sequence[Sequence[int] | Tensor] | None,
@@ -254,7 +164,7 @@ def _labels(
     threshold = None if background is None else _threshold(background, maps)
     if maps.numel() == 0:
         return torch.zeros(batch, height, width, dtype=torch.int64, device=maps.device)
-    score, index = _finite(maps).max(dim=1)  # ties: the first
+    score, index = finite(maps).max(dim=1)  # ties: the first
     if threshold is not None:
         index = torch.where(score > threshold, index + 1, 0)
     if ids is not None:
@@ -271,7 +181,7 @@ def _log_variance(weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return torch.log((second / weight - mean * mean).clamp_min(0) + _SPREAD**2)
 
 
-def _finite(maps: Tensor) -> Tensor:
+def finite(maps: Tensor) -> Tensor:
     return torch.nan_to_num(maps if maps.dtype == torch.float64 else maps.float())
 
 
@@ -281,10 +191,10 @@ def _threshold(background: float | Tensor | str, maps: Tensor) -> Tensor:
         if background != "auto":
             raise ValueError(f'background must be a number, a tensor [B], "auto" or None, got {background!r}')
         return background_threshold(maps)[:, None, None]
-    return _per_image("background", background, maps)
+    return per_image("background", background, maps)
 
 
-def _per_image(name: str, value: float | Tensor, maps: Tensor) -> Tensor:
+def per_image(name: str, value: float | Tensor, maps: Tensor) -> Tensor:
     """Rounded to the dtype of the maps first, so that a score equal to the threshold is a tie."""
     batch = maps.shape[0]
     if isinstance(value, Tensor):
@@ -308,7 +218,7 @@ def _check_ignore(ignore: tuple[float | Tensor, float | Tensor], maps: Tensor) -
     low, high = ignore
     if not isinstance(low, Tensor) and not isinstance(high, Tensor) and low > high:
         raise ValueError(f"ignore must be (low, high) with low <= high, got {ignore!r}")
-    return _per_image("ignore", low, maps), _per_image("ignore", high, maps)
+    return per_image("ignore", low, maps), per_image("ignore", high, maps)
 
 
 def _backgrounds_of_list(background: float | Tensor | str | None, images: int) -> list[float | Tensor | str | None]:
@@ -347,7 +257,7 @@ def _index_to_id(class_ids: object, batch: int, classes: int, device: torch.devi
     return torch.cat([ids.new_zeros(batch, 1), ids], dim=1)
 
 
-def _check_maps(name: str, maps: object) -> Tensor:
+def check_maps(name: str, maps: object) -> Tensor:
     if not isinstance(maps, Tensor):
         raise TypeError(f"{name} must be a floating point tensor [B, C, H, W] or [C, H, W], got {type(maps).__name__}")
     if not maps.is_floating_point():
