@@ -74,29 +74,30 @@ def _training(size: Size, radius: int, aims: tuple[Aim, ...] = (), *, quick: boo
     """Forward and backward on the published pairs, whose upstream gradient is given."""
 
     def inputs(size: Size) -> Inputs:
-        paths = baselines.published_paths(size.height, size.width, radius)
+        reach = min(radius, min(size.height, size.width) // 2)  # a tiny map must have published pairs too
+        paths = baselines.published_paths(size.height, size.width, reach)
         pairs = sum(len(pixels) for pixels in paths)
         grad = torch.rand(size.batch, pairs, paths[0].shape[2], generator=torch.Generator().manual_seed(5)) - 0.5
         whole = torch.zeros(size.batch, pairs, size.height, size.width)
-        lengths = [len(baselines._points_between(offset)) for offset in wk.neighbour_offsets(radius)]
+        lengths = [len(baselines._points_between(offset)) for offset in wk.neighbour_offsets(reach)]
         order = sorted(range(pairs), key=lambda k: lengths[k])
-        margin = radius - 1
+        margin = reach - 1
         inner = whole[:, :, : size.height - margin, margin : size.width - margin]
         inner[:, order] = grad.unflatten(2, inner.shape[2:])
-        return {"boundary": _boundary(size), "paths": paths, "grad": grad, "whole": whole}
+        return {"boundary": _boundary(size), "paths": paths, "grad": grad, "whole": whole, "radius": reach}
 
     def ours(i: Inputs, affinity: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
-        result, grad = _gradient({"boundary": i["boundary"], "grad": i["whole"]}, lambda b: affinity(b, radius))
+        result, grad = _gradient({"boundary": i["boundary"], "grad": i["whole"]}, lambda b: affinity(b, i["radius"]))
         return result, grad
 
     def expected(i: Inputs) -> tuple[Tensor, Tensor]:
         images = zip(i["boundary"].double().split(1), i["whole"].double().split(1), strict=True)
-        parts = [ours({"boundary": b, "whole": w}, wk.reference.boundary_affinity) for b, w in images]
+        parts = [ours({**i, "boundary": b, "whole": w}, wk.reference.boundary_affinity) for b, w in images]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def on_published_pairs(result: Result, expected: Result, inputs: Inputs) -> float:
         assert isinstance(result, tuple) and isinstance(expected, tuple)
-        view = baselines.published_boundary_view(expected[0], radius)
+        view = baselines.published_boundary_view(expected[0], inputs["radius"])
         return max(relative_error(result[0], view), relative_error(result[1], expected[1]))
 
     return Case(

