@@ -40,6 +40,7 @@ MODULES = (
     "benchmarks.bench_local_affinity",
     "benchmarks.bench_attention_walk",
     "benchmarks.bench_mask_vote",
+    "benchmarks.bench_pixel_adaptive",
     "benchmarks.bench_dense_crf",
     "benchmarks.bench_boundary_affinity",
     "benchmarks.bench_refine",

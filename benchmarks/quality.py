@@ -31,8 +31,17 @@ from wsss_models.visualise import overlay_label, sheet
 
 import wsss_kernels as wk
 
-# Every method with its defaults: (name, arguments of refine_cams). A later method is one more line.
-METHODS: tuple[tuple[str, dict[str, Any]], ...] = (("image", {"method": "image"}),)
+# Every method from the picture alone, with its defaults, and chains of them: (name, arguments of refine_cams).
+METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("image", {"method": "image"}),
+    ("par", {"method": "par"}),
+    ("pamr", {"method": "pamr"}),
+    ("crf", {"method": "crf"}),
+    ("image, par", {"method": ("image", "par")}),
+    ("image, par x 2", {"method": ("image", "par"), "iterations": 2}),
+    ("image, crf", {"method": ("image", "crf")}),
+    ("image, par, crf", {"method": ("image", "par", "crf"), "iterations": 5}),
+)
 
 THRESHOLDS = torch.arange(1, 100) / 100  # of the image's maximum, for the best single threshold
 IGNORE = 255

