@@ -13,6 +13,7 @@ DONE, SOME_FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 # module of the command given is imported, so that `wsss --help` does not wait for torch.
 COMMANDS = {
     "demo": "refine hand-drawn seeds on real photographs (or a click on your own) and write one picture of it",
+    "data": "make a set of pictures with known masks, or look over one of your own",
     "refine": "refine a folder of class activation maps to label pictures",
 }
 _EXTRAS = {"PIL": "cli", "tqdm": "cli", "skimage": "demo"}
