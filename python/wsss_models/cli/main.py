@@ -14,6 +14,7 @@ DONE, SOME_FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 COMMANDS = {
     "demo": "refine hand-drawn seeds on real photographs (or a click on your own) and write one picture of it",
     "data": "make a set of pictures with known masks, or look over one of your own",
+    "evaluate": "compare label pictures or score maps with masks: IoU of every class, at every threshold",
     "refine": "refine a folder of class activation maps to label pictures",
 }
 _EXTRAS = {"PIL": "cli", "tqdm": "cli", "skimage": "demo"}

@@ -35,7 +35,8 @@ class Samples(Dataset[dict[str, Any]]):
         finish: called with the sample last; what it returns is the sample. For labels made from augmented maps.
 
     Example:
-        >>> samples = Samples(open_dataset("VOC2012", "train"), Augment(crop=448, long_side=(256, 512)))  # doctest: +SKIP
+        >>> pictures = open_dataset("VOC2012", "train")  # doctest: +SKIP
+        >>> samples = Samples(pictures, Augment(crop=448, long_side=(256, 512)))  # doctest: +SKIP
         >>> loader = DataLoader(samples, batch_size=16, num_workers=4, drop_last=True)  # doctest: +SKIP
     """
 

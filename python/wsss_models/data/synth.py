@@ -14,7 +14,7 @@ from PIL import Image
 from wsss_models.data.artefacts import FileError, write_atomically
 from wsss_models.data.lists import CLASSES_FILE
 from wsss_models.data.palette import voc_palette
-from wsss_models.data.textures import GRAINS, PATTERNS, SHAPES, ground_bank, grain_bank
+from wsss_models.data.textures import GRAINS, PATTERNS, SHAPES, grain_bank, ground_bank
 
 MIN_CLASSES, MAX_CLASSES = 3, 20
 MIN_SIZE = 48  # pixels of a side: below, a part has no pixels left for its pattern
