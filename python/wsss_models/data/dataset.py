@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from wsss_models.data import coco, labelled_folder, voc
 from wsss_models.data.artefacts import FileError
 from wsss_models.data.coco import CocoSet
 from wsss_models.data.labelled_folder import LabelledFolder
 from wsss_models.data.pictures import PictureSet
-from wsss_models.data.table import TABLE
+from wsss_models.data.table import TABLE, read_labels
 from wsss_models.data.voc import VocSet
 
 
@@ -51,16 +52,40 @@ def open_dataset(
         ((375, 500, 3), (20,))
     """
     root = Path(path)
+    kind = _kind(root, labels)
+    if kind == "voc":
+        return VocSet(root, split, classes=classes, labels=labels, masks=masks)
+    if kind == "folder":
+        return LabelledFolder(root, split, classes=classes, labels=labels, masks=masks)
+    if classes is not None or labels is not None:
+        raise ValueError("classes and labels must be None for a COCO folder, whose json holds both")
+    return CocoSet(root, split, masks=masks)
+
+
+def list_splits(path: Path | str, *, labels: Path | str | None = None) -> list[str]:
+    """Names of the splits that `open_dataset` knows of a folder.
+
+    Raises:
+        FileError: no such folder, no known layout.
+    """
+    root = Path(path)
+    kind = _kind(root, labels)
+    if kind == "voc":
+        return voc.splits(root)
+    if kind == "coco":
+        return coco.splits(root)
+    return labelled_folder.splits(root, read_labels(root / TABLE if labels in (None, "masks") else Path(str(labels))))
+
+
+def _kind(root: Path, labels: Path | str | None) -> str:
     if not root.is_dir():
         raise FileError(root, "no such folder" if not root.exists() else "not a folder")
     if (root / "JPEGImages").is_dir():
-        return VocSet(root, split, classes=classes, labels=labels, masks=masks)
+        return "voc"
     if any((root / "annotations").glob("instances_*.json")):
-        if classes is not None or labels is not None:
-            raise ValueError("classes and labels must be None for a COCO folder, whose json holds both")
-        return CocoSet(root, split, masks=masks)
-    if labels is not None or (root / TABLE).is_file():
-        return LabelledFolder(root, split, classes=classes, labels=labels, masks=masks)
+        return "coco"
+    if labels not in (None, "masks") or (root / TABLE).is_file():
+        return "folder"
     raise FileError(
         root,
         f"must hold JPEGImages (PASCAL VOC), annotations/instances_*.json (COCO), or {TABLE} (a folder of your own)",
