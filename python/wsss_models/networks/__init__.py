@@ -1,0 +1,1 @@
+"""Backbones: one family a file, parameter names as in the public weights."""
