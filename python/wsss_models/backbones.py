@@ -36,6 +36,7 @@ def build_backbone(
     *,
     strides: tuple[int, int, int, int] = (2, 2, 2, 1),
     dilations: tuple[int, int, int, int] = (1, 1, 1, 1),
+    width: int = 64,
     norm: str = "fixed",
     **options: object,
 ) -> nn.Module:
@@ -44,7 +45,7 @@ def build_backbone(
     Args:
         name: one of `NAMES`, or "timm/NAME": any network of the timm library that gives stages of features (ResNeSt,
             ConvNeXt, ViT, DINO, ...).
-        strides, dilations: of a ResNet, see `ResNet`; the others have their own.
+        strides, dilations, width: of a ResNet, see `ResNet`; the others have their own.
         norm: "train", "fixed" or "frozen", see `set_norm`.
         **options: of the family (ResNet38: drop; VGG16: fc6_dilation, width, drop; timm: what timm.create_model takes,
             such as output_stride=16).
@@ -68,7 +69,9 @@ def build_backbone(
     elif name == "vgg16":
         backbone = VGG16(**options)  # type: ignore[arg-type]
     elif name in NAMES:
-        backbone = ResNet(int(name.removeprefix("resnet")), strides=strides, dilations=dilations, **options)
+        backbone = ResNet(
+            int(name.removeprefix("resnet")), strides=strides, dilations=dilations, width=width, **options
+        )
     else:
         raise ValueError(f'name must be one of {", ".join(NAMES)} or "{_TIMM}NAME", got {name!r}')
     set_norm(backbone, norm)
@@ -89,7 +92,9 @@ class TimmBackbone(nn.Module):
             raise ModuleNotFoundError(text, name=error.name) from None
         if not timm.is_model(name):
             near = ", ".join(timm.list_models(f"*{name.partition('_')[0]}*")[:_SHOWN])
-            raise ValueError(f'name must be "{_TIMM}" and a network of timm{f" ({near}, ...)" if near else ""}, got {name!r}')
+            raise ValueError(
+                f'name must be "{_TIMM}" and a network of timm{f" ({near}, ...)" if near else ""}, got {name!r}'
+            )
         self.network = timm.create_model(name, pretrained=False, features_only=True, **options)
         self.channels = tuple(self.network.feature_info.channels())
         self.strides = tuple(self.network.feature_info.reduction())
@@ -161,6 +166,25 @@ def load_backbone(
     load_strictly(target, {n: t for n, t in weights.items() if not n.startswith(ignored)}, source=source)
 
 
+def load_model(model: nn.Module, weights: Mapping[str, Tensor], *, source: Path | str) -> list[str]:
+    """Start a model from public weights or from another training: the backbone whole, the heads as far as they fit.
+
+    Args:
+        model: has `backbone`; everything else in it is a head.
+
+    Returns:
+        list[str]: names of the heads' parameters that stay as they are.
+
+    Raises:
+        FileError: the backbone's names or shapes differ.
+    """
+    load_backbone(model.backbone, weights, source=source)
+    heads = {name: t for name, t in model.state_dict().items() if not name.startswith("backbone.")}
+    fitting = {n: weights[n] for n, t in heads.items() if n in weights and weights[n].shape == t.shape}
+    model.load_state_dict(fitting, strict=False)
+    return [name for name in heads if name not in fitting]
+
+
 def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], *, source: Path | str) -> None:
     """Load all weights of a module; nothing is loaded where one is missing, left over or of another shape.
 
@@ -173,9 +197,7 @@ def load_strictly(module: nn.Module, weights: Mapping[str, Tensor], *, source: P
     problems = [
         _some("missing", [n for n in own if n not in given]),
         _some("not of this network", [n for n in given if n not in own]),
-        _some(
-            "of another shape", [f"{n} {tuple(given[n].shape)} instead of {tuple(own[n].shape)}" for n in differing]
-        ),
+        _some("of another shape", [f"{n} {tuple(given[n].shape)} instead of {tuple(own[n].shape)}" for n in differing]),
     ]
     if any(problems):
         raise FileError(source, "weights do not fit: " + "; ".join(text for text in problems if text))

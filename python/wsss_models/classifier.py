@@ -1,6 +1,7 @@
 """A classifier with class activation maps: the baseline, and IRNet's first stage.
 
-Zhou et al., Learning deep features for discriminative localization, CVPR 2016; settings of Ahn, Cho and Kwak, CVPR 2019.
+Zhou et al., Learning deep features for discriminative localization, CVPR 2016; settings of
+Ahn, Cho and Kwak, CVPR 2019.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Config:
     backbone: str = "resnet50"
     strides: tuple[int, int, int, int] = (2, 2, 2, 1)
     dilations: tuple[int, int, int, int] = (1, 1, 1, 1)
+    width: int = 64  # channels of a ResNet's stem
     norm: str = "fixed"
     cut: int | None = 2  # stages of a ResNet up to this one do not learn (0 = the stem); None = all learn
     dropout: float = 0.0  # of whole channels before the classifier
@@ -36,10 +38,11 @@ PRESETS = {
     "tiny": Config(
         backbone="resnet18",
         strides=(2, 1, 2, 1),  # small pictures: output stride 8
+        width=24,
         norm="train",
         cut=None,
         recipe=Recipe(
-            epochs=20, batch_size=16, crop=96, lr=0.02, lr_multiples=(1, 1, 1, 1), momentum=0.9, weight_decay=5e-4
+            epochs=20, batch_size=16, crop=96, lr=0.05, lr_multiples=(1, 1, 1, 1), momentum=0.9, weight_decay=5e-4
         ),
     ),
 }
@@ -55,7 +58,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config = config or Config()
         self.backbone = build_backbone(
-            config.backbone, strides=config.strides, dilations=config.dilations, norm=config.norm
+            config.backbone, strides=config.strides, dilations=config.dilations, width=config.width, norm=config.norm
         )
         if config.cut is not None:
             self.backbone.freeze_to(config.cut)

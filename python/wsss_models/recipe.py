@@ -74,7 +74,9 @@ def parameter_groups(recipe: Recipe, pretrained: Iterable[nn.Module], new: Itera
             multiple = recipe.lr_multiples[2 * i + j]
             decay = 0.0 if biases and not recipe.decay_biases else recipe.weight_decay
             if chosen:
-                groups.append({"params": chosen, "lr": recipe.lr * multiple, "multiple": multiple, "weight_decay": decay})
+                groups.append(
+                    {"params": chosen, "lr": recipe.lr * multiple, "multiple": multiple, "weight_decay": decay}
+                )
     return groups
 
 

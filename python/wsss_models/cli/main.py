@@ -15,9 +15,13 @@ COMMANDS = {
     "demo": "refine hand-drawn seeds on real photographs (or a click on your own) and write one picture of it",
     "data": "make a set of pictures with known masks, or look over one of your own",
     "evaluate": "compare label pictures or score maps with masks: IoU of every class, at every threshold",
+    "train": "train a classifier, AffinityNet or IRNet on pictures with image-level labels",
+    "cams": "class activation maps of a set of pictures by a trained network",
+    "import": "CAMs that the published code pickled, to plain arrays, without running what is in them",
     "refine": "refine a folder of class activation maps to label pictures",
 }
-_EXTRAS = {"PIL": "cli", "tqdm": "cli", "skimage": "demo"}
+_MODULES = {"import": "import_cams"}  # where the command's name cannot be a module's
+_EXTRAS = {"PIL": "cli", "tqdm": "cli", "skimage": "demo", "lightning_fabric": "train"}
 
 
 class UsageError(ValueError):
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, purpose in COMMANDS.items():
             sub = commands.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
             if name == command:
-                module = importlib.import_module(f"wsss_models.cli.{name}")
+                module = importlib.import_module(f"wsss_models.cli.{_MODULES.get(name, name)}")
                 module.add_arguments(sub)
         arguments = parser.parse_args(argv)
         if arguments.version:

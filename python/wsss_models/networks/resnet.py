@@ -28,8 +28,9 @@ class ResNet(nn.Module):
             (output stride 16).
         dilations: of layers 1 to 4. The first block of a layer still has the dilation of the layer before it, as in
             torchvision.
+        width: channels of the stem; 64 in all public weights.
 
-    Shapes: `features` gives [B, 64, H/4, W/4], then 4 layers of 64, 128, 256, 512 channels (times 4 from depth 50 on).
+    Shapes: `features` gives [B, width, H/4, W/4], then 4 layers of 1, 2, 4 and 8 times width (times 4 from depth 50 on).
     """
 
     classifier_names = ("fc.",)  # parts of public weights that have no place here
@@ -40,24 +41,25 @@ class ResNet(nn.Module):
         *,
         strides: tuple[int, int, int, int] = (2, 2, 2, 1),
         dilations: tuple[int, int, int, int] = (1, 1, 1, 1),
+        width: int = 64,
     ) -> None:
         super().__init__()
         if depth not in _DEPTHS:
             raise ValueError(f"depth must be one of {', '.join(map(str, _DEPTHS))}, got {depth}")
         kind, counts = _DEPTHS[depth]
         block = Basic if kind == "basic" else Bottleneck
-        widths = tuple(block.expansion * width for width in (64, 128, 256, 512))
-        self.channels = (64, *widths)
+        widths = tuple(block.expansion * outs for outs in (width, 2 * width, 4 * width, 8 * width))
+        self.channels = (width, *widths)
         steps = (strides[0] * 2, 1, *strides[1:])
         self.strides = tuple(_product(steps[: i + 1]) for i in range(5))
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=strides[0], padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        ins, before = 64, 1
+        self.conv1 = nn.Conv2d(3, width, 7, stride=strides[0], padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        ins, before = width, 1
         for i, count in enumerate(counts):
             blocks = []
             for j in range(count):
                 dilation = before if j == 0 else dilations[i]
-                blocks.append(block(ins, 64 << i, steps[i + 1] if j == 0 else 1, dilation))
+                blocks.append(block(ins, width << i, steps[i + 1] if j == 0 else 1, dilation))
                 ins = widths[i]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             before = dilations[i]

@@ -1,0 +1,114 @@
+"""`wsss train`: a system, a set of pictures, a folder of checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from wsss_models.backbones import load_model, read_weights
+from wsss_models.cli.main import DONE, UsageError
+from wsss_models.cli.progress import Progress
+from wsss_models.data.artefacts import shown
+from wsss_models.data.dataset import list_splits, open_dataset
+from wsss_models.data.pictures import PictureSet
+from wsss_models.systems import SYSTEMS, preset, system, with_settings
+from wsss_models.train import PRECISIONS, data_hash, train
+from wsss_models.training_data import needs_affinity_labels, samples_of, write_training_labels
+
+_LABELS = {"affinitynet": "affinity", "irnet": "confident"}  # how the labels of each are made from CAMs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("system", metavar="SYSTEM", help=", ".join(SYSTEMS))
+    add("--data", type=Path, required=True, metavar="DIR", help="PASCAL VOC, COCO, or pictures with a labels.csv")
+    add("--split", metavar="NAME", help="of the set, or a file with one id a line; default: train where there is one")
+    add("--out", type=Path, required=True, metavar="DIR", help="checkpoint, manifest, log")
+    add("--preset", default="published", metavar="NAME", help="published (the default), tiny, ...")
+    add(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="another setting, such as epochs=3 or crop=321"
+    )
+    add("--weights", type=Path, metavar="FILE", help="start from public weights, or from a checkpoint.pt")
+    add("--cams", type=Path, metavar="DIR", help="of wsss cams: labels for affinitynet and irnet are made from them")
+    add("--labels", type=Path, metavar="DIR", help="such labels (PNG, 255 = not sure) made elsewhere")
+    add("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out, where there is one")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: a GPU where there is one")
+    add("--precision", default="32-true", choices=PRECISIONS, help="of the arithmetic (32-true)")
+    add("--workers", type=int, default=2, metavar="N", help="processes that read pictures (2)")
+    add("--checkpoint-steps", type=int, metavar="N", help="a checkpoint every N steps, too, beside every epoch's")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.seed < 0 or arguments.workers < 0:
+        raise UsageError("--seed and --workers must be at least 0")
+    try:
+        return _run(arguments)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    module = system(arguments.system)
+    pictures = _pictures(arguments)
+    config = replace(preset(arguments.system, arguments.preset), num_classes=len(pictures.classes))
+    config = with_settings(config, arguments.set)
+    labels = _training_labels(arguments, pictures) if needs_affinity_labels(module, config) else None
+    torch.manual_seed(arguments.seed)
+    model = module.Model(config)
+    if arguments.weights is not None:
+        kept = load_model(model, read_weights(arguments.weights), source=arguments.weights)
+        print(f"weights of {shown(arguments.weights)}; new: {', '.join(kept) or 'none'}", flush=True)
+    elif arguments.preset != "tiny" and not arguments.preset.startswith("tiny-"):
+        print("no --weights: the backbone begins with random numbers, which the published settings do not", flush=True)
+    print(f"{pictures}, {arguments.system} ({arguments.preset}), {config.recipe.epochs} epochs", flush=True)
+    began = time.monotonic()
+    losses = train(
+        model,
+        samples_of(module, config, pictures, seed=arguments.seed, labels=labels),
+        arguments.out,
+        seed=arguments.seed,
+        resume=arguments.resume,
+        accelerator=arguments.device,
+        precision=arguments.precision,
+        workers=arguments.workers,
+        checkpoint_steps=arguments.checkpoint_steps,
+        about={
+            "system": arguments.system,
+            "classes": list(pictures.classes),
+            "data": {
+                "path": shown(arguments.data),
+                "split": pictures.split,
+                "pictures": len(pictures),
+                "hash": data_hash(pictures.ids, pictures.labels()),
+            },
+        },
+    )
+    last = f", last loss {losses[-1]:.4f}" if losses else ""
+    print(f"{len(losses)} steps in {time.monotonic() - began:.1f} s{last}; {shown(arguments.out)}")
+    return DONE
+
+
+def _pictures(arguments: argparse.Namespace) -> PictureSet:
+    split = arguments.split
+    if split is None and "train" in list_splits(arguments.data):
+        split = "train"
+    return open_dataset(arguments.data, split)
+
+
+def _training_labels(arguments: argparse.Namespace, pictures: PictureSet) -> Path:
+    if (arguments.cams is None) == (arguments.labels is None):
+        raise UsageError(f"{arguments.system} trains on labels from CAMs: give --cams DIR, or --labels DIR")
+    if arguments.labels is not None:
+        return arguments.labels
+    if not arguments.cams.is_dir():
+        raise UsageError(f"--cams must be a folder, got {shown(arguments.cams)}")
+    out = arguments.out / "labels"
+    print(f"labels from the CAMs in {shown(arguments.cams)}", flush=True)
+    with Progress(len(pictures)) as progress:
+        write_training_labels(pictures, arguments.cams, out, how=_LABELS[arguments.system], advance=progress.add)
+    return out
