@@ -33,8 +33,8 @@ def read_published_cams(path: Path | str, *, maps: str | None = None) -> Publish
     """CAMs of AffinityNet, SC-CAM, IRNet, Puzzle-CAM, VWE or CLIP-ES from their `.npy`.
 
     Layouts: a dictionary {class from 0 on: map} (AffinityNet, SC-CAM); "keys" from 0 on with maps (IRNet, VWE,
-    CLIP-ES); "keys" that begin with the background's 0 and go on with classes from 1 on (Puzzle-CAM). AffinityNet's CRF scores
-    cannot be told from its CAMs by their form; import CAMs.
+    CLIP-ES); "keys" that begin with the background's 0 and go on with classes from 1 on (Puzzle-CAM).
+    AffinityNet's CRF scores cannot be told from its CAMs by their form; import CAMs.
 
     Args:
         path: the file.

@@ -26,11 +26,12 @@ class ResNet(nn.Module):
         depth: 18, 34, 50 or 101.
         strides: of the stem and of layers 2 to 4. (2, 2, 2, 1) without dilation is what the published WSSS systems use
             (output stride 16).
-        dilations: of layers 1 to 4. The first block of a layer still has the dilation of the layer before it, as in
-            torchvision.
+        dilations: of layers 1 to 4. The first 3 x 3 convolution of a layer still has the dilation of the layer before
+            it, as in torchvision: with public weights a stride left out changes nothing at the pixels that stay.
         width: channels of the stem; 64 in all public weights.
 
-    Shapes: `features` gives [B, width, H/4, W/4], then 4 layers of 1, 2, 4 and 8 times width (times 4 from depth 50 on).
+    Shapes: `features` gives [B, width, H/4, W/4], then layers of 1, 2, 4 and 8 times width (from depth 50 on,
+    4 times as many channels).
     """
 
     classifier_names = ("fc.",)  # parts of public weights that have no place here
@@ -58,8 +59,8 @@ class ResNet(nn.Module):
         for i, count in enumerate(counts):
             blocks = []
             for j in range(count):
-                dilation = before if j == 0 else dilations[i]
-                blocks.append(block(ins, width << i, steps[i + 1] if j == 0 else 1, dilation))
+                first = before if j == 0 else dilations[i]
+                blocks.append(block(ins, width << i, steps[i + 1] if j == 0 else 1, (first, dilations[i])))
                 ins = widths[i]
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
             before = dilations[i]
@@ -83,11 +84,12 @@ class ResNet(nn.Module):
 class Basic(nn.Module):
     expansion = 1
 
-    def __init__(self, ins: int, width: int, stride: int, dilation: int) -> None:
+    def __init__(self, ins: int, width: int, stride: int, dilations: tuple[int, int]) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(ins, width, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
+        first, second = dilations
+        self.conv1 = nn.Conv2d(ins, width, 3, stride=stride, padding=first, dilation=first, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=second, dilation=second, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = _shortcut(ins, width, stride)
 
@@ -99,8 +101,9 @@ class Basic(nn.Module):
 class Bottleneck(nn.Module):
     expansion = 4
 
-    def __init__(self, ins: int, width: int, stride: int, dilation: int) -> None:
+    def __init__(self, ins: int, width: int, stride: int, dilations: tuple[int, int]) -> None:
         super().__init__()
+        dilation = dilations[0]
         self.conv1 = nn.Conv2d(ins, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
