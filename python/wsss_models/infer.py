@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from wsss_models.data.artefacts import FileError, npz_settings, shown
+from wsss_models.data.artefacts import FileError, npz_settings
 from wsss_models.data.augment import Normalisation
 from wsss_models.data.files import fingerprint, write_maps
+from wsss_models.data.folder import inside
 from wsss_models.data.pictures import PictureSet
 from wsss_models.recipe import NORMALISATIONS
 from wsss_models.systems import from_dict, system
@@ -149,10 +150,10 @@ def write_cams(
     settings = json.dumps({"cams": asdict(scales), "source": source, "normalisation": normalisation}, sort_keys=True)
     numbers, texts, kept = [], {}, 0
     for i in range(shard[0], len(pictures), shard[1]):
-        text = f"{settings} {fingerprint(pictures.image_path(i))}"
         try:
-            finished = npz_settings(_path(out, pictures.ids[i])) == text
-        except FileError as error:
+            text = f"{settings} {fingerprint(pictures.image_path(i))}"
+            finished = npz_settings(inside(out, pictures.ids[i], ".npz")) == text
+        except ValueError as error:  # an id that leads out of a folder
             _tell(failed, pictures.ids[i], str(error))
             continue
         if finished:
@@ -168,7 +169,7 @@ def write_cams(
 
     def save(item: dict[str, Any], maps: np.ndarray) -> None:
         i = item["number"]
-        write_maps(_path(out, pictures.ids[i]), item["class_ids"], maps, settings=texts[i])
+        write_maps(inside(out, pictures.ids[i], ".npz"), item["class_ids"], maps, settings=texts[i])
 
     with ThreadPoolExecutor(2) as pool, torch.inference_mode():
         pending: list[Future[None]] = []
@@ -247,17 +248,6 @@ def _tell(failed: Callable[[str, str], None] | None, name: str, reason: str) -> 
     if failed is None:
         raise FileError(name, reason)
     failed(name, reason)
-
-
-def _path(out: Path, name: str) -> Path:
-    """The file of an id, never outside `out`."""
-    parts = Path(name).parts
-    if not name or "\0" in name or Path(name).is_absolute() or ".." in parts:
-        raise FileError(name, f"an id must be a path inside {shown(out)}")
-    path = out.joinpath(*parts[:-1], f"{parts[-1]}.npz")
-    if not path.parent.resolve().is_relative_to(out.resolve()):
-        raise FileError(name, f"leads out of {shown(out)}")
-    return path
 
 
 def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

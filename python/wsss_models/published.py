@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def _content(path: Path) -> Any:
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(file)
-    except ValueError as error:
+    except (ValueError, SyntaxError, EOFError, tokenize.TokenError) as error:
         raise FileError(path, f"no NumPy file ({error})") from None
     if dtype.kind != "O" or shape != ():
         raise FileError(path, f"must hold a pickled dictionary, got an array {dtype} {shape}")

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 import wsss_kernels as wk
-from wsss_models.data.artefacts import FileError, png_settings
+from wsss_models.data.artefacts import png_settings
 from wsss_models.data.files import fingerprint, read_maps, write_label
+from wsss_models.data.folder import inside
 from wsss_models.data.masks import read_mask
 from wsss_models.data.pictures import PictureSet
 from wsss_models.data.samples import Samples
@@ -85,7 +86,7 @@ def write_training_labels(
 
     def one(i: int) -> bool:
         name = pictures.ids[i]
-        path, maps = out / f"{name}.png", cams / f"{name}.npz"
+        path, maps = inside(out, name, ".png"), inside(cams, name, ".npz")
         inputs = [fingerprint(pictures.image_path(i)), fingerprint(maps)]
         settings = json.dumps({"labels": how, "format": _FORMAT, "inputs": inputs})
         if png_settings(path) == settings:
@@ -110,7 +111,7 @@ def write_training_labels(
             for i, future in enumerate([pool.submit(one, i) for i in range(len(pictures))]):
                 try:
                     written += future.result()
-                except (FileError, OSError) as error:
+                except (ValueError, OSError) as error:
                     if failed is None:
                         pool.shutdown(cancel_futures=True)
                         raise
@@ -122,7 +123,7 @@ def write_training_labels(
 
 
 def _label(pictures: PictureSet, labels: Path, i: int) -> np.ndarray:
-    return read_mask(labels / f"{pictures.ids[i]}.png", num_classes=len(pictures.classes))
+    return read_mask(inside(labels, pictures.ids[i], ".png"), num_classes=len(pictures.classes))
 
 
 def _shrunk(shrink: Callable[[torch.Tensor], torch.Tensor], sample: dict[str, Any]) -> dict[str, Any]:

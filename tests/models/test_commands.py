@@ -1,0 +1,78 @@
+"""`wsss train` and `wsss cams`, from a folder of pictures to maps of every picture."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("lightning_fabric")
+from wsss_models.cli.main import main
+from wsss_models.data.files import read_maps
+from wsss_models.data.masks import read_mask
+
+import wsss_kernels as wk
+
+SMALL = ["--preset", "tiny", "--set", "width=8", "--set", "batch_size=2", "--set", "crop=48", "--workers", "0"]
+
+
+def train(system, folder, out, *more):
+    return main(["train", system, "--data", f"{folder}", "--out", f"{out}", "--device", "cpu", *SMALL, *more])
+
+
+def test_train_and_cams(folder, tmp_path, capsys):
+    assert train("classifier", folder, tmp_path / "run", "--set", "epochs=2") == 0
+    assert "6 steps" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["classes"] == ["ant", "bee", "cat"]
+    assert manifest["config"]["num_classes"] == 3
+    assert manifest["data"]["pictures"] == 6
+    assert train("classifier", folder, tmp_path / "run", "--set", "epochs=2", "--resume") == 0
+    assert "0 steps" in capsys.readouterr().out
+    arguments = ["cams", "--run", f"{tmp_path}/run", "--data", f"{folder}", "--out", f"{tmp_path}/cams"]
+    arguments += ["--scales", "1,0.5", "--device", "cpu", "--workers", "0"]
+    assert main(arguments) == 0
+    assert "6 written, 0 failed" in capsys.readouterr().out
+    assert main(arguments) == 0
+    assert "0 written, 6 already done" in capsys.readouterr().out
+    class_ids, cams = read_maps(tmp_path / "cams" / "p0.npz")
+    assert class_ids.tolist() == [1, 2]
+    assert cams.shape == (2, 10, 12)
+
+
+@pytest.mark.skipif(not hasattr(wk, "affinity_loss"), reason="this engine has no affinity_loss")
+@pytest.mark.parametrize(("system", "sure"), [("affinitynet", 0.9), ("irnet", 0.9)])
+def test_stages_that_train_on_cams(folder, tmp_path, capsys, system, sure):
+    for i in range(6):
+        count = 0 if i == 5 else min(2, 3 - i % 3)
+        ids = np.arange(i % 3 + 1, i % 3 + 1 + count)
+        cams = np.zeros((count, 10, 12), dtype=np.float32)
+        cams[:, 2:6, 2:6] = 1
+        np.savez(tmp_path / f"p{i}.npz", class_ids=ids, cams=cams)
+    assert train(system, folder, tmp_path / "run", "--cams", f"{tmp_path}", "--set", "epochs=1") == 0
+    assert "3 steps" in capsys.readouterr().out
+    labels = [read_mask(tmp_path / "run" / "labels" / f"p{i}.png") for i in range(6)]
+    assert labels[0].shape == (40, 48)
+    assert set(np.unique(labels[1])) <= {0, 2, 3, 255}
+    assert not labels[5].any()  # no class: all background
+    image = torch.zeros(3, 40, 48, dtype=torch.uint8)
+    make = {"affinitynet": wk.affinity_labels, "irnet": wk.confident_labels}[system]
+    assert make(image, torch.zeros(1, 4, 4)).shape == (40, 48)
+    again = ["--labels", f"{tmp_path}/run/labels", "--set", "epochs=1"]
+    assert train(system, folder, tmp_path / "other", *again, "--weights", f"{tmp_path}/run/checkpoint.pt") == 0
+    assert "new: none" in capsys.readouterr().out
+
+
+def test_refusals(folder, tmp_path, capsys):
+    for arguments, message in (
+        (["classifer"], "did you mean classifier"),
+        (["classifier", "--preset", "huge"], "preset must be one of"),
+        (["classifier", "--set", "epoch=3"], "did you mean epochs"),
+        (["classifier", "--weights", f"{tmp_path}/none.pth"], "no such file"),
+        (["classifier", "--seed", "-1"], "at least 0"),
+        (["irnet"], "give --cams DIR"),
+    ):
+        assert main(["train", "--data", f"{folder}", "--out", f"{tmp_path}/run", "--preset", "tiny", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["cams", "--run", f"{tmp_path}/run", "--data", f"{folder}", "--out", f"{tmp_path}/c"]) == 2
+    assert "no training" in capsys.readouterr().err
