@@ -37,6 +37,8 @@ class Config:
     dropout: float = 0.5  # of whole channels before the classifier
     head: tuple[int, int, int] = (64, 128, 256)  # channels from the backbone's last three stages
     radius: int = 5  # pixels of the features' grid; neighbours nearer than that are compared
+    border: str = "cropped"  # pairs of neighbours, see `local_affinity`; "full" suits small pictures better
+    steps: int = 256  # of the walk in `refine`
     root: bool = False  # maps are the square root of the rectified scores
     recipe: Recipe = field(
         default_factory=lambda: Recipe(
@@ -70,6 +72,8 @@ _TINY = Config(
     norm="train",
     dropout=0.0,
     head=(16, 32, 64),
+    border="full",
+    steps=4,  # a grid of 14 x 14 is smoothed out by more
     recipe=Recipe(
         epochs=20, batch_size=16, lr=0.05, lr_multiples=(1, 1, 1, 1), weight_decay=5e-4, momentum=0.9, crop=96
     ),
@@ -129,7 +133,7 @@ class Model(nn.Module):
             raise ValueError(f"affinity_label must be {expected}, got {list(labels.shape)}")
         radius = self.config.radius
         links = wk.local_affinity(feats, radius)
-        affinity = wk.affinity_loss(links, labels, radius=radius, border="cropped", ignore_index=255)
+        affinity = wk.affinity_loss(links, labels, radius=radius, border=self.config.border, ignore_index=255)
         return {"total": affinity, "affinity": affinity}
 
     def features(self, images: Tensor) -> Tensor:
@@ -155,11 +159,13 @@ class Model(nn.Module):
             images: [B, 3, H, W] normalised, in evaluation mode.
             cams: [B, C, h, w].
             labels: [B, C] bool, classes present.
-            **options: of `refine_cams`, in place of the published ones (background 16, beta 8, 256 steps).
+            **options: of `refine_cams`, in place of the published ones (background 16, beta 8; steps and border of the
+                settings).
 
         Returns:
             Tensor: [B, C + 1, h, w], map 0 the background.
         """
+        options = {"steps": self.config.steps, "border": self.config.border, "radius": self.config.radius, **options}
         return wk.refine_cams(cams, self.features(images), labels=labels, preset="psa", **options)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -83,7 +83,7 @@ def pair_loss(link, labels, radius):
 
 @needs_affinity_loss
 def test_affinity_stage_loss():
-    config = replace(affinitynet.PRESETS["tiny"], num_classes=3, radius=3)
+    config = replace(affinitynet.PRESETS["tiny"], num_classes=3, radius=3, border="cropped")
     model = affinitynet.Model(config).double().eval()
     batch = batch_for("affinitynet", config, 72)
     batch["image"] = batch["image"].double()
@@ -245,7 +245,8 @@ def test_shrunk_labels_by_hand():
 
 
 def test_affinity_refinement_is_the_published_walk():
-    model = affinitynet.Model(replace(affinitynet.PRESETS["tiny"], num_classes=3)).eval()
+    config = replace(affinitynet.PRESETS["tiny"], num_classes=3, border="cropped", steps=256)
+    model = affinitynet.Model(config).eval()
     images, cams = torch.randn(1, 3, 64, 64), torch.rand(1, 3, 8, 8)
     cams = cams / cams.amax(dim=(2, 3), keepdim=True)
     refined = model.refine(images, cams, labels=torch.tensor([[True, False, True]]), normalize=None)
