@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -130,7 +131,7 @@ def train(
             if hasattr(samples, "set_epoch"):
                 samples.set_epoch(epoch)
             wrapped.train()
-            for batch in loader:
+            for batch in _batches(loader):
                 set_rate(sgd, recipe, done / steps)
                 _seed(seed, done + 1, fabric.global_rank)
                 terms = wrapped.loss(fabric.to_device(batch), progress=done / steps)
@@ -145,6 +146,18 @@ def train(
                 if done == stop_after:
                     return losses
     return losses
+
+
+def _batches(loader: DataLoader[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """An error of a reading process keeps its reason; torch wraps it in the process's whole traceback."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        found = re.search(r"FileError: (.+)", str(error))
+        if found is None:
+            raise
+        path, _, reason = found[1].partition(": ")
+        raise FileError(path, reason) from None
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader
 pytest.importorskip("lightning_fabric")
 from wsss_models import train as module
 from wsss_models.data.artefacts import FileError
+from wsss_models.data.augment import Augment
+from wsss_models.data.dataset import open_dataset
+from wsss_models.data.samples import Samples
 from wsss_models.infer import load_run
 from wsss_models.train import Order, collate, data_hash, read_checkpoint, train
 
@@ -201,3 +204,11 @@ def test_two_processes_do_what_one_does(colours, small_classifier, tmp_path):
     weights = [read_checkpoint(tmp_path / name)["model"] for name in ("one", "two")]
     for name, values in weights[0].items():
         torch.testing.assert_close(weights[1][name], values, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_picture_is_named(folder, small_classifier, tmp_path, workers):
+    (folder / "p2.png").write_bytes(b"no picture")
+    samples = Samples(open_dataset(folder), Augment(crop=32))
+    with pytest.raises(FileError, match=r"p2\.png: no picture"):
+        run(small_classifier("batch_size=6"), samples, tmp_path / "run", workers=workers)

@@ -50,6 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
         return _run(arguments)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    except ModuleNotFoundError as error:
+        if error.name != "timm":
+            raise
+        raise UsageError(str(error)) from None
 
 
 def _run(arguments: argparse.Namespace) -> int:
