@@ -7,7 +7,7 @@ whose numbers the presets hold (the paper's L1 distance is not divided by the nu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -167,6 +167,30 @@ class Model(nn.Module):
         """
         options = {"steps": self.config.steps, "border": self.config.border, "radius": self.config.radius, **options}
         return wk.refine_cams(cams, self.features(images), labels=labels, preset="psa", **options)
+
+    @torch.no_grad()
+    def labels(
+        self,
+        images: Tensor,
+        cams: Tensor,
+        *,
+        background: float = 16.0,
+        class_ids: Tensor | Sequence[int] | None = None,
+    ) -> Tensor:
+        """Labels of the pictures' size: the best of the refined maps and the refined background.
+
+        Args:
+            images: [B, 3, H, W] normalised, in evaluation mode.
+            cams: [B, C, h, w] with a peak of 1 a class, of the classes present only.
+            background: power of the background (1 - max)^background; a high one leaves less of it.
+            class_ids: what to write for the C classes instead of 1..C.
+
+        Returns:
+            Tensor: [B, H, W] int64.
+        """
+        size = (images.shape[-2], images.shape[-1])
+        maps = self.refine(images, cams, background=background, size=size, normalize=None)
+        return wk.labels_from_maps(maps, background=None, class_ids=class_ids)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         new = [self.fc8, self.f8_3, self.f8_4, self.f8_5, self.f9, self.gn8_3, self.gn8_4, self.gn8_5]

@@ -9,8 +9,10 @@ import torch
 
 pytest.importorskip("lightning_fabric")
 from wsss_models.cli.main import main
+from wsss_models.data.augment import IMAGENET
 from wsss_models.data.files import read_maps, read_picture
 from wsss_models.data.masks import read_mask
+from wsss_models.infer import load_run
 
 import wsss_kernels as wk
 
@@ -64,6 +66,20 @@ def test_stages_that_train_on_cams(folder, tmp_path, capsys, system):
     again = ["--labels", f"{tmp_path}/run/labels", "--set", "epochs=1"]
     assert train(system, folder, tmp_path / "other", *again, "--weights", f"{tmp_path}/run/checkpoint.pt") == 0
     assert "new: none" in capsys.readouterr().out
+    spread = ["labels", "--run", f"{tmp_path}/run", "--data", f"{folder}", "--out", f"{tmp_path}/spread"]
+    spread += ["--cams", f"{tmp_path}", "--device", "cpu"]
+    assert main(spread) == 0
+    assert "6 written, 0 failed" in capsys.readouterr().out
+    model, _ = load_run(tmp_path / "run")
+    image = IMAGENET(read_picture(folder / "p1.png"))[None]
+    expected = model.eval().labels(image, cams[None, 1:], class_ids=[2, 3])[0]
+    assert np.array_equal(read_mask(tmp_path / "spread" / "p1.png"), expected)
+    assert not read_mask(tmp_path / "spread" / "p5.png").any()
+    (tmp_path / "p2.npz").unlink()
+    assert main(spread) == 1
+    printed = capsys.readouterr()
+    assert "0 written, 5 already done, 1 failed" in printed.out
+    assert "p2" in printed.err
 
 
 def test_refusals(folder, tmp_path, capsys, monkeypatch):
