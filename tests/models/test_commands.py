@@ -66,7 +66,7 @@ def test_stages_that_train_on_cams(folder, tmp_path, capsys, system):
     again = ["--labels", f"{tmp_path}/run/labels", "--set", "epochs=1"]
     assert train(system, folder, tmp_path / "other", *again, "--weights", f"{tmp_path}/run/checkpoint.pt") == 0
     assert "new: none" in capsys.readouterr().out
-    spread = ["labels", "--run", f"{tmp_path}/run", "--data", f"{folder}", "--out", f"{tmp_path}/spread"]
+    spread = ["spread", "--run", f"{tmp_path}/run", "--data", f"{folder}", "--out", f"{tmp_path}/spread"]
     spread += ["--cams", f"{tmp_path}", "--device", "cpu"]
     assert main(spread) == 0
     assert "6 written, 0 failed" in capsys.readouterr().out

@@ -17,7 +17,7 @@ COMMANDS = {
     "evaluate": "compare label pictures or score maps with masks: IoU of every class, at every threshold",
     "train": "train a classifier, AffinityNet or IRNet on pictures with image-level labels",
     "cams": "class activation maps of a set of pictures by a trained network",
-    "labels": "label pictures from maps that a trained AffinityNet or IRNet spreads over the objects",
+    "spread": "label pictures from maps that a trained AffinityNet or IRNet spreads over the objects",
     "import": "CAMs that the published code pickled, to plain arrays, without running what is in them",
     "refine": "refine a folder of class activation maps to label pictures",
 }

@@ -1,4 +1,4 @@
-"""`wsss labels`: maps spread by a trained AffinityNet or IRNet, and the label of every pixel."""
+"""`wsss spread`: maps spread by a trained AffinityNet or IRNet, and the label of every pixel."""
 
 from __future__ import annotations
 
