@@ -1,6 +1,6 @@
 """Calls every kernel on small inputs and compares with the CPU: a short run for compute-sanitizer.
 
-python tests/every_kernel.py [walk] [affinity] [boundary] [attention] [vote] [refine] [--device cuda]
+python tests/every_kernel.py [walk] [affinity] [boundary] [adaptive] [attention] [vote] [refine] [--device cuda]
 """
 
 from __future__ import annotations
@@ -55,6 +55,19 @@ def boundary(device):
         compare(
             f"boundary {shape} {dtype} radius {radius}",
             lambda x: wk.boundary_affinity(x, radius),  # noqa: B023
+            [rand(*shape, dtype=dtype)],
+            device,
+        )
+
+
+def adaptive(device):
+    shapes = ((2, 3, 9, 13, torch.float32), (1, 21, 34, 45, torch.float32), (1, 1, 3, 2, torch.float16))
+    for (*shape, dtype), variant in itertools.product(shapes, ("pamr", "par")):
+        batch, _, height, width = shape
+        picture = 255 * rand(batch, 3, height, width, seed=1)
+        compare(
+            f"pixel-adaptive {shape} {dtype} {variant}",
+            lambda x: wk.pixel_adaptive(picture.to(x.device), x, variant=variant, iterations=3),  # noqa: B023
             [rand(*shape, dtype=dtype)],
             device,
         )
@@ -124,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = {
         "affinity": affinity,
         "boundary": boundary,
+        "adaptive": adaptive,
         "walk": walk,
         "attention": attention,
         "vote": vote,

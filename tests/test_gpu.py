@@ -10,7 +10,7 @@ from wsss_kernels.info import info
 
 pytestmark = pytest.mark.gpu
 
-OPS = ("boundary_affinity", "local_affinity", "random_walk")
+OPS = ("boundary_affinity", "local_affinity", "pixel_adaptive", "random_walk")
 
 
 def rand(*shape, seed=0):
@@ -40,6 +40,10 @@ def walk(solver, tol=1e-4, radius=5):
     return call
 
 
+def adaptive(variant):
+    return lambda x: wk.pixel_adaptive(255 * x[:, :3].detach(), x, variant=variant, iterations=3)
+
+
 def with_gradients(op):
     def call(x):
         leaf = x.detach().requires_grad_()
@@ -56,6 +60,8 @@ FORWARD = {
     "cosine affinity": cosine_of,
     "boundary affinity": boundary_of(5),
     "boundary affinity of radius 10": boundary_of(10),
+    "pixel-adaptive by PAMR": adaptive("pamr"),
+    "pixel-adaptive by PAR": adaptive("par"),
     "walk by power": walk("power"),
     "walk by series": walk("chebyshev"),
     "walk of radius 3": walk("auto", radius=3),
