@@ -14,6 +14,7 @@ DONE, SOME_FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 COMMANDS = {
     "demo": "refine hand-drawn seeds on real photographs (or a click on your own) and write one picture of it",
     "refine": "refine a folder of class activation maps to label pictures",
+    "labels": "turn a folder of maps, coarse or refined, into label pictures, unsure pixels left out where wanted",
 }
 _EXTRAS = {"PIL": "cli", "tqdm": "cli", "skimage": "demo"}
 
