@@ -151,14 +151,16 @@ class ThresholdSweep:
         score, winner = torch.nan_to_num(maps.flatten(1)).max(dim=0)  # ties: the first
         edges = torch.from_numpy(self.thresholds).to(score.dtype)
         below = torch.bucketize(score, edges)[counted]  # how many thresholds are below the score
-        true_ids, true_index = np.unique(truth.reshape(-1)[counted.numpy()], return_inverse=True)
-        if len(true_ids) and not 0 <= true_ids[0] <= true_ids[-1] <= num_classes:
-            raise ValueError(f"truth must be in 0..{num_classes} or 255, got {true_ids[0]}..{true_ids[-1]}")
+        true = truth.reshape(-1)[counted.numpy()].astype(np.int64)
+        if len(true) and not 0 <= true.min() <= true.max() <= num_classes:
+            raise ValueError(f"truth must be in 0..{num_classes} or 255, got {true.min()}..{true.max()}")
+        present = np.bincount(true, minlength=num_classes + 1) > 0  # an image shows few of the classes
+        true_ids, true_index = np.flatnonzero(present), (np.cumsum(present) - 1)[true]
         if not ((class_ids >= 1) & (class_ids <= num_classes)).all():
             raise ValueError(f"class_ids must be in 1..{num_classes}, got {class_ids.tolist()}")
-        cell = (true_index.reshape(-1) * len(class_ids) + winner[counted].numpy()) * steps + below.numpy()
+        cell = (true_index * len(class_ids) + winner[counted].numpy()) * steps + below.numpy()
         shape = (len(true_ids), len(class_ids), steps)
-        return true_ids.astype(np.int64), class_ids, np.bincount(cell, minlength=int(np.prod(shape))).reshape(shape)
+        return true_ids, class_ids, np.bincount(cell, minlength=int(np.prod(shape))).reshape(shape)
 
     def add_counts(self, counted: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
         true_ids, class_ids, counts = counted

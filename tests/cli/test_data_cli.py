@@ -132,6 +132,12 @@ def test_check_of_ones_own_folder(made, capsys, tmp_path):
     assert "val 1, train 11" in out
     assert "0.50 classes a picture, 6 without any class" in out
     assert "masks      none" in out
+    assert "no line in the table" not in out
+    (own / "images" / pictures[0]).rename(own / "images" / "new.png")
+    code, out = check(own, capsys)
+    assert code == 1
+    assert f"{pictures[0]}: No such file" in out
+    assert "1 pictures have no line in the table, such as 'new'" in out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 from pathlib import Path
@@ -17,6 +18,7 @@ from wsss_models.data.coco_masks import outline_mask, polygon_mask, unpacked
 from wsss_models.data.files import write_label
 from wsss_models.data.masks import read_mask
 from wsss_models.data.palette import voc_palette
+from wsss_models.data.synth import Settings, write_set
 from wsss_models.data.table import read_labels
 from wsss_models.data.voc import CLASSES
 
@@ -447,3 +449,77 @@ def test_table_rows_keep_their_lines(tmp_path):
     assert table.names() == ["cat"]
     with pytest.raises(FileError, match="no such file"):
         read_labels(tmp_path / "none.csv")
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    kind = rng.integers(4)
+    at = int(rng.integers(len(content) + 1))
+    if kind == 0:
+        return content[:at]
+    if kind == 1:
+        return content[:at] + rng.bytes(int(rng.integers(1, 20))) + content[at:]
+    if kind == 2:
+        values = bytearray(content)
+        for place in rng.integers(0, len(content), 3):
+            values[place] = rng.integers(256)
+        return bytes(values)
+    return content[:at] + content[int(rng.integers(at, len(content) + 1)) :]
+
+
+def read_all(root: Path) -> None:
+    try:
+        pictures = open_dataset(root)
+    except ValueError:
+        return
+    for i in range(len(pictures)):
+        for read in (pictures.image, pictures.label, pictures.mask):
+            with contextlib.suppress(ValueError):
+                read(i)
+
+
+@pytest.mark.parametrize("layout", ["voc", "coco", "own"])
+@pytest.mark.filterwarnings("ignore")
+def test_no_damage_is_more_than_a_message(tmp_path, layout):
+    """400 damaged files a layout: a ValueError that names the file, or nothing."""
+    if layout == "coco":
+        coco(tmp_path)
+    elif layout == "voc":
+        write_set(tmp_path / "s", Settings(2, classes=3, height=48, width=48))
+    else:
+        own(tmp_path, "file,split,classes\na.png,train,cat;dog\nb.png,val,\n", "a.png", "b.png")
+        write_label(tmp_path / "masks" / "a.png", np.ones((8, 10), dtype=int))
+    rng = np.random.default_rng(1)
+    root = tmp_path / "s" if layout == "voc" else tmp_path
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    for case in range(400):
+        path = files[case % len(files)]
+        content = path.read_bytes()
+        path.write_bytes(damaged(content, rng))
+        read_all(root)
+        path.write_bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_json_is_more_than_a_message(tmp_path):
+    """Any value anywhere in COCO's json."""
+    path = coco(tmp_path) / "annotations" / "instances_val2014.json"
+    content = path.read_text()
+    odd = (None, True, -1, 10**30, 1.5, float("nan"), "x", "../x", [], {}, [[1]], {"size": [8, 10], "counts": "\xff"})
+    for item in ("categories", "images", "annotations"):
+        for value in odd:
+            changed = json.loads(content)
+            keys = [(i, key) for i, entry in enumerate(changed[item]) for key in entry]
+            for i, key in keys:
+                changed = json.loads(content)
+                changed[item][i][key] = value
+                path.write_text(json.dumps(changed))
+                read_all(tmp_path)
+            changed[item][0] = value
+            path.write_text(json.dumps(changed))
+            read_all(tmp_path)
+            changed[item] = value
+            path.write_text(json.dumps(changed))
+            read_all(tmp_path)

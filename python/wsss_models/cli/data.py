@@ -12,6 +12,7 @@ from wsss_models.cli.progress import Progress
 from wsss_models.data.artefacts import shown
 from wsss_models.data.check import Findings, look_over
 from wsss_models.data.dataset import list_splits, open_dataset
+from wsss_models.data.labelled_folder import LabelledFolder
 from wsss_models.data.pictures import PictureSet
 from wsss_models.data.synth import Settings, write_set
 
@@ -123,6 +124,12 @@ def _split_lines(arguments: argparse.Namespace, known: list[str], base: PictureS
     lines = [f"splits     {', '.join(sizes) or 'none'}"]
     if "train" in ids and "val" in ids and ids["train"] & ids["val"]:
         lines.append(f"           {len(ids['train'] & ids['val'])} pictures are in both train and val")
+    if isinstance(base, LabelledFolder):
+        unlisted = [name for name in base.unlisted() if not name.startswith(f"{base.mask_folder.name}/")]
+        if unlisted:
+            lines.append(
+                f"           {len(unlisted)} pictures have no line in the table, such as {shown(unlisted[0])!r}"
+            )
     return lines, problems
 
 
