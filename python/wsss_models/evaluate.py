@@ -278,10 +278,9 @@ def evaluate_maps(
     def count(i: int, truth: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
         class_ids, cams = read_maps(inside(folder, pictures.ids[i], ".npz"), num_classes=num_classes)
         maps = _to_size(_normalized(torch.from_numpy(cams).clamp_min(0), normalize), truth.shape)
-        found = (
-            wk.labels_from_maps(maps, class_ids=class_ids.tolist()).numpy() if len(class_ids) else np.zeros_like(truth)
-        )
-        return sweep.count(truth, class_ids, maps), _pair_counts(truth, found, num_classes + 1)
+        found = wk.labels_from_maps(maps, class_ids=class_ids.tolist())  # all background without a class
+        assert isinstance(found, Tensor)  # a tensor in, a tensor out
+        return sweep.count(truth, class_ids, maps), _pair_counts(truth, found.numpy(), num_classes + 1)
 
     result = Evaluation(confusion=Confusion(num_classes), sweep=sweep)
     for counted, label_free in _each(pictures, numbers, workers, count, result, progress):

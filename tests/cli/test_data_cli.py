@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("PIL")
+from PIL import Image
 from wsss_models.cli.main import main
 from wsss_models.data import open_dataset
 from wsss_models.data.files import write_label, write_maps
@@ -244,3 +245,27 @@ def test_evaluate_without_masks_says_so(made, capsys):
     code, _, err = evaluate(made, capsys, "--labels", str(made))
     assert code == 2
     assert "none of the 12 pictures" in err
+
+
+def test_check_of_coco_reads_every_split(tmp_path, capsys):
+    for split in ("train2014", "val2014"):
+        (tmp_path / split).mkdir()
+        Image.fromarray(np.zeros((8, 10, 3), dtype=np.uint8)).save(tmp_path / split / "a.png")
+        box = {"id": 1, "image_id": 1, "category_id": 2, "area": 16, "segmentation": [[0, 0, 4, 0, 4, 4, 0, 4]]}
+        content = {
+            "categories": [{"id": 2, "name": "<cat>"}],
+            "images": [{"id": 1, "file_name": "a.png", "height": 8, "width": 10}],
+            "annotations": [box],
+        }
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    code, out = check(tmp_path, capsys)
+    assert code == 0
+    assert "COCO, 1 classes" in out
+    assert "train2014:" in out
+    assert "val2014:" in out
+    assert out.count("   1 <cat>               1        1     20.00") == 2  # 16 of 80 pixels
+    (tmp_path / "train2014" / "a.png").unlink()
+    code, out = check(tmp_path, capsys)
+    assert code == 1
+    assert "a.png: No such file" in out
