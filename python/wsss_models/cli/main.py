@@ -13,6 +13,8 @@ DONE, SOME_FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
 # module of the command given is imported, so that `wsss --help` does not wait for torch.
 COMMANDS = {
     "demo": "refine hand-drawn seeds on real photographs (or a click on your own) and write one picture of it",
+    "data": "make a set of pictures with known masks, or look over one of your own",
+    "evaluate": "compare label pictures or score maps with masks: IoU of every class, at every threshold",
     "refine": "refine a folder of class activation maps to label pictures",
     "labels": "turn a folder of maps, coarse or refined, into label pictures, unsure pixels left out where wanted",
 }
