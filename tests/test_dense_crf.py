@@ -504,10 +504,13 @@ def test_compiled():
 
 @pytest.mark.native
 def test_info_says_what_runs_on_a_gpu():
-    rows = wk.info()["ops"]
-    for op in ("dense_crf", "dense_energy_loss"):
-        assert rows[op]["cpu"]["forward"]["kernel"] == "native"
-        assert rows[op]["cuda"]["forward"] == {"kernel": "reference", "because": f"{op} has no GPU kernel yet"}
+    rows, built = wk.info()["ops"], bool(_dispatch.native.cuda_archs)
+    why_not = "" if built else "the module was compiled without CUDA; {} has no Triton kernel"
+    for op, direction in (("dense_crf", "forward"), ("dense_energy_loss", "forward"), ("dense_energy_loss", "backward")):
+        assert rows[op]["cpu"][direction]["kernel"] == "native"
+        if not torch.cuda.is_available():
+            kernel = {"kernel": "cuda" if built else "reference", "because": why_not.format(op)}
+            assert rows[op]["cuda"][direction] == kernel
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wk.dense_crf(IMAGE, UNARY)
