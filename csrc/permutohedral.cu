@@ -273,11 +273,11 @@ void build_lattices(const CudaLattices& lattices, bool normalized, cudaStream_t 
   launch("simplices_kernel", of_pixels, simplices_kernel, lattices);
   for (int pass = 0; pass < digits; ++pass) {
     launch("histogram_kernel", how(tiles, kDigits * sizeof(uint32_t)), histogram_kernel, lattices, pass);
-    launch("prefix_kernel", how(kDigits, kWarps * sizeof(uint32_t)), prefix_kernel, lattices, pass);
+    launch("prefix_kernel", how(kDigits / kWarps, 0), prefix_kernel, lattices, pass, uint32_t(kDigits));
     launch("scatter_kernel", how(tiles, kSortMemory), scatter_kernel, lattices, pass);
   }
   launch("count_points_kernel", how(tiles, 0), count_points_kernel, lattices);
-  launch("prefix_kernel", how(1, kWarps * sizeof(uint32_t)), prefix_kernel, lattices, 0);
+  launch("prefix_kernel", how(1, 0), prefix_kernel, lattices, 0, 1u);
   launch("number_points_kernel", how(tiles, kWarps * sizeof(uint32_t)), number_points_kernel, lattices);
   launch("neighbours_kernel", how(lattice_blocks(double(entries)), 0), neighbours_kernel, lattices);
   if (!normalized) return;

@@ -11,24 +11,25 @@ constexpr int kTileRounds = 8;
 constexpr uint32_t kSortTile = kLatticeThreads * kTileRounds;
 constexpr size_t kSortMemory = (kWarps * kDigits + kWarps) * sizeof(uint32_t);
 
-// Exclusive prefix sum over the block's threads, and the sum of all; warp_sums: kWarps values of shared memory.
-__device__ inline uint32_t block_prefix(uint32_t value, uint32_t* warp_sums, uint32_t* total) {
-  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
-  uint32_t inclusive = value;
+// The sum over the warp's threads up to this one.
+__device__ inline uint32_t warp_prefix(uint32_t value) {
+  const int lane = int(threadIdx.x) % 32;
   for (int distance = 1; distance < 32; distance *= 2) {
-    const uint32_t before = __shfl_up_sync(0xffffffffu, inclusive, distance);
-    if (lane >= distance) inclusive += before;
+    const uint32_t before = __shfl_up_sync(0xffffffffu, value, distance);
+    if (lane >= distance) value += before;
   }
-  __syncthreads();  // the last call's readers
+  return value;
+}
+
+// The sum over the block's threads before this one. warp_sums: kWarps values of shared memory.
+__device__ inline uint32_t block_prefix(uint32_t value, uint32_t* warp_sums) {
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  const uint32_t inclusive = warp_prefix(value);
   if (lane == 31) warp_sums[warp] = inclusive;
   __syncthreads();
-  uint32_t before = 0, all = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w == warp) before = all;
-    all += warp_sums[w];
-  }
-  *total = all;
-  return before + inclusive - value;
+  uint32_t before = inclusive - value;
+  for (int w = 0; w < warp; ++w) before += warp_sums[w];
+  return before;
 }
 
 // Entry of a tile that a thread takes in a round: a warp takes 32 at a time, side by side, and its rounds follow.
@@ -57,21 +58,31 @@ __global__ void __launch_bounds__(kLatticeThreads) histogram_kernel(const CudaLa
   lattice.counts[size_t(threadIdx.x) * lattice.tiles + tile] = bins[threadIdx.x];
 }
 
-// Exclusive prefix sums along the rows of counts, a block a row; totals gets the sums.
-__global__ void __launch_bounds__(kLatticeThreads) prefix_kernel(const CudaLattices lattices, int pass) {
+// Exclusive prefix sums along the rows of counts, a warp a row; totals gets the sums.
+__global__ void __launch_bounds__(kLatticeThreads) prefix_kernel(const CudaLattices lattices, int pass, uint32_t rows) {
   const CudaLattice& lattice = lattices.each[blockIdx.y];
-  if (pass >= lattice.digits) return;
-  uint32_t* const row = lattice.counts + size_t(blockIdx.x) * lattice.tiles;
+  const uint32_t which = blockIdx.x * kWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (pass >= lattice.digits || which >= rows) return;
+  uint32_t* const row = lattice.counts + size_t(which) * lattice.tiles;
+  constexpr int kEach = 8;  // values side by side
   uint32_t before = 0;
-  for (uint32_t first = 0; first < lattice.tiles; first += kLatticeThreads) {
-    const uint32_t i = first + threadIdx.x;
-    uint32_t total;
-    const uint32_t own = i < lattice.tiles ? row[i] : 0;
-    const uint32_t prefix = block_prefix(own, block_memory<uint32_t>(), &total);
-    if (i < lattice.tiles) row[i] = before + prefix;
-    before += total;
+  for (uint32_t first = 0; first < lattice.tiles; first += 32 * kEach) {
+    const uint32_t begin = first + lane * kEach;
+    uint32_t own[kEach], sum = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) own[i] = begin + i < lattice.tiles ? row[begin + i] : 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) sum += own[i];
+    const uint32_t inclusive = warp_prefix(sum);
+    uint32_t at = before + inclusive - sum;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (begin + i < lattice.tiles) row[begin + i] = at;
+      at += own[i];
+    }
+    before += __shfl_sync(0xffffffffu, inclusive, 31);
   }
-  if (threadIdx.x == 0) lattice.totals[blockIdx.x] = before;
+  if (lane == 0) lattice.totals[which] = before;
 }
 
 // The lanes that are inside and have the same digit.
@@ -114,8 +125,8 @@ __global__ void __launch_bounds__(kLatticeThreads) scatter_kernel(const CudaLatt
     __syncwarp();
     rank[round] = before + uint32_t(__popc(alike & ((1u << lane) - 1)));
   }
-  uint32_t all;
-  uint32_t at = block_prefix(lattice.totals[threadIdx.x], bins + kWarps * kDigits, &all) +
+  // The block meets in block_prefix: the counts are whole then.
+  uint32_t at = block_prefix(lattice.totals[threadIdx.x], bins + kWarps * kDigits) +
                 lattice.counts[size_t(threadIdx.x) * lattice.tiles + tile];
   for (int w = 0; w < kWarps; ++w) {
     const uint32_t count = bins[w * kDigits + threadIdx.x];
