@@ -11,6 +11,7 @@ from wsss_kernels.info import info
 pytestmark = pytest.mark.gpu
 
 OPS = ("boundary_affinity", "local_affinity", "random_walk")
+CUDA_ONLY = ("dense_crf", "dense_energy_loss")  # no Triton kernels
 
 
 def rand(*shape, seed=0):
@@ -40,6 +41,14 @@ def walk(solver, tol=1e-4, radius=5):
     return call
 
 
+def crf_of(x):
+    return wk.dense_crf(255 * x[:, :3], 3 * x, iterations=3)
+
+
+def crf_energy_of(x):
+    return wk.dense_energy_loss(255 * x[:, :3].detach(), x)
+
+
 def with_gradients(op):
     def call(x):
         leaf = x.detach().requires_grad_()
@@ -62,11 +71,15 @@ FORWARD = {
     "walk in float64": walk("auto", tol=1e-7),
 }
 CALLS = FORWARD | {f"{name}, and backward": with_gradients(op) for name, op in FORWARD.items()}
+OF_CRF = {"crf": crf_of, "energy of the crf, and backward": with_gradients(crf_energy_of)}
+CALLS |= OF_CRF
 SHAPES = [(2, 3, 9, 13), (3, 4, 61, 70)]
 
 
 @pytest.fixture(params=CALLS)
 def call(request):
+    if request.param in OF_CRF and not info()["cuda"]["archs"]:
+        pytest.skip("the module was compiled without CUDA")
     return CALLS[request.param]
 
 
@@ -80,6 +93,8 @@ def test_no_op_runs_the_reference():
     wanted = {os.environ["WSSS_GPU_KERNELS"]} if os.environ.get("WSSS_GPU_KERNELS") else {"cuda", "triton"}
     for op, direction in (("attention_walk", "forward"), ("attention_walk", "backward"), ("mask_vote", "forward")):
         assert kernels[op]["cuda"][direction]["kernel"] == "triton"
+    for op in CUDA_ONLY if info()["cuda"]["archs"] else ():
+        assert kernels[op]["cuda"]["forward"]["kernel"] == "cuda"
     for op in OPS:
         for direction in ("forward", "backward"):
             assert kernels[op]["cuda"][direction]["kernel"] in wanted, kernels[op]["cuda"][direction]
