@@ -90,8 +90,6 @@ __global__ void __launch_bounds__(kLatticeThreads) mean_field_kernel(const MeanF
   }
 }
 
-bool empty(const CrfShape& shape) { return shape.batch * shape.labels * shape.height * shape.width == 0; }
-
 // What `images` of a batch need.
 class Inference {
  public:
@@ -144,7 +142,7 @@ class Inference {
 
 size_t dense_crf_cuda_workspace(CrfShape shape, const CrfOptions& options) {
   if (empty(shape)) return 0;
-  return workspace_for_images(shape.batch,
+  return workspace_for_images(shape,
                               [&](int64_t images) { return Inference(shape, options, images, nullptr).bytes(); });
 }
 
@@ -153,7 +151,7 @@ void dense_crf_cuda(const float* image, const float* unary, float* out, CrfShape
   if (empty(shape)) return;
   const size_t plane = size_t(shape.height) * shape.width;
   for_each_group(
-      shape.batch, workspace_bytes, [&](int64_t images) { return Inference(shape, options, images, nullptr).bytes(); },
+      shape, workspace_bytes, [&](int64_t images) { return Inference(shape, options, images, nullptr).bytes(); },
       [&](int64_t first, int64_t images) {
         const size_t at = size_t(first) * shape.labels * plane;
         Inference(shape, options, images, workspace)

@@ -79,8 +79,6 @@ __global__ void __launch_bounds__(kLatticeThreads)
 
 constexpr size_t kSumMemory = kLatticeThreads / 32 * sizeof(double);
 
-bool empty(const CrfShape& shape) { return shape.batch * shape.labels * shape.height * shape.width == 0; }
-
 // What `images` of a batch need.
 class Group {
  public:
@@ -133,8 +131,7 @@ class Group {
 
 size_t dense_energy_cuda_workspace(CrfShape shape, const float* sigma) {
   if (empty(shape)) return 0;
-  return workspace_for_images(shape.batch,
-                              [&](int64_t images) { return Group(shape, sigma, images, nullptr).bytes(); });
+  return workspace_for_images(shape, [&](int64_t images) { return Group(shape, sigma, images, nullptr).bytes(); });
 }
 
 void dense_energy_cuda(const float* image, const float* probs, const float* roi, float* loss, float* slope,
@@ -143,7 +140,7 @@ void dense_energy_cuda(const float* image, const float* probs, const float* roi,
   if (empty(shape)) return check_cuda(cudaMemsetAsync(loss, 0, sizeof(float), on_stream), "cudaMemsetAsync");
   const size_t plane = size_t(shape.height) * shape.width;
   for_each_group(
-      shape.batch, workspace_bytes, [&](int64_t images) { return Group(shape, sigma, images, nullptr).bytes(); },
+      shape, workspace_bytes, [&](int64_t images) { return Group(shape, sigma, images, nullptr).bytes(); },
       [&](int64_t first, int64_t images) {
         const size_t at = size_t(first) * shape.labels * plane;
         Group(shape, sigma, images, workspace)

@@ -199,8 +199,6 @@ __global__ void __launch_bounds__(kLatticeThreads) normalize_lists_kernel(const 
   if (i < lattice.entries) lattice.lists[i].weight *= lattice.norms[lattice.lists[i].at];
 }
 
-constexpr int64_t kMostEntries = int64_t(1) << 31;
-
 uint32_t parts(uint32_t count, uint32_t size) { return (count + size - 1) / size; }
 
 }  // namespace
@@ -229,7 +227,6 @@ CudaLattice plan_lattice(const LatticeSpace& space, int64_t images, int64_t copi
   }
   for (uint64_t left = numbers - 1; left > 0; left /= kDigits) ++lattice.digits;
   const int64_t plane = space.height * space.width, entries = plane * images * lattice.vertices;
-  if (entries * copies >= kMostEntries) throw std::invalid_argument("the images are too large");
   lattice.plane = uint32_t(plane);
   lattice.pixels = uint32_t(plane * images);
   lattice.entries = uint32_t(entries);

@@ -21,16 +21,18 @@ namespace wsss {
 constexpr int kLatticeThreads = 256;  // a block's
 constexpr uint32_t kCut = 64;         // vertices of a list that one thread sums up
 
-struct LatticeLink {
+struct alignas(8) LatticeLink {
   uint32_t at;  // of a pixel's vertex: the point; of a point's list: the pixel
   float weight;
 };
 
-struct LatticeNeighbours {
+struct alignas(8) LatticeNeighbours {
   uint32_t lower, upper;  // kNoPoint: none
 };
 constexpr uint32_t kNoPoint = 0xffffffffu;
 
+// A point's number is the sum of (q_i - low_i) unit_i (permutohedral_range.h); its remainder and its image come from
+// the place among the entries of any vertex of it.
 struct CudaLattice {
   int vertices;  // of a simplex: dim + 1
   int images;    // with points of their own
@@ -72,15 +74,15 @@ struct LatticeRows {
 };
 LatticeRows lattice_rows(int64_t labels);
 
-// Room for a lattice and its values, taken from the workspace. std::invalid_argument where the sigmas are too small, or
-// the images too many.
+// Room for a lattice and its values, taken from the workspace; images x copies x pixels x vertices < 2^31.
+// std::invalid_argument where the sigmas are too small.
 CudaLattice plan_lattice(const LatticeSpace& space, int64_t images, int64_t copies, LatticeRows rows,
                          Workspace& workspace);
 
 // normalized: the weights are divided by sqrt(filter of ones + 1e-20).
 void build_lattices(const CudaLattices& lattices, bool normalized, cudaStream_t stream);
 
-// pixels: rows [copies x pixels], null for ones. The result lies in the values that blurred_values() names.
+// pixels: rows [copies x pixels], null for ones. Leaves the points' values, before the slice.
 void filter_lattices(const CudaLattices& lattices, LatticeRows rows, const float4* pixels, cudaStream_t stream);
 
 // Blocks for work that so many threads could share, each coming back for more.

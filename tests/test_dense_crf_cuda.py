@@ -77,8 +77,10 @@ CASES = {  # shape, picture, options
     "many columns a thread": ((1, 133, 3, 4), "noise", {"iterations": 2}),
     "gaussian alone": ((2, 3, 8, 9), "smooth", {"bilateral": (80, 13, 0)}),
     "bilateral alone": ((2, 3, 8, 9), "smooth", {"gaussian": (3, 0), "bilateral": (50, 5, 10)}),
+    "huge sigmas": ((1, 2, 9, 10), "noise", {"gaussian": (1e30, 1), "bilateral": (1e30, 1e30, 2)}),
     "no term": ((1, 3, 8, 9), "smooth", {"gaussian": (3, 0), "bilateral": (80, 13, 0), "iterations": 3}),
     "no iteration": ((1, 3, 8, 9), "smooth", {"iterations": 0}),
+    "no iteration, many columns": ((2, 131, 2, 3), "smooth", {"iterations": 0}),
     "negative compat": ((1, 3, 8, 9), "smooth", {"gaussian": (1, -2), "bilateral": (64, 3, 4)}),
 }
 
@@ -186,6 +188,15 @@ def test_an_iteration_is_nine_launches(library):
     names = [launch.kernel.split("<")[0] for launch in two[-9:]]
     assert names == ["splat_kernel", "join_cuts_kernel", *["blur_kernel"] * 6, "mean_field_kernel"]
     assert all(launch.grid[1] == 2 for launch in two[-9:-1])  # both lattices
+
+
+def test_large_batches_are_cut(library):
+    """As many images as 2 GB hold; all their vertices would not fit 31 bits."""
+    options = (10, *GAUSSIAN, *BILATERAL)
+    with library.run(**DEVICE) as gpu:
+        one, many = (gpu.ask("crf_workspace", images, 4, 375, 500, *options) for images in (1, 10**5))
+        assert 2**30 < many <= 2**31 and one < many / 7
+        assert gpu.ask("energy_workspace", 10**5, 4, 375, 500, 100.0, 15.0) <= 2**31
 
 
 def test_refusals(library):
