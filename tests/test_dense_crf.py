@@ -525,6 +525,14 @@ def test_info_says_what_runs_on_a_gpu():
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("choice", ["", "cuda", "triton"])
+def test_the_choice_of_gpu_kernels_is_for_ops_that_have_both(choice, monkeypatch):
+    monkeypatch.setattr(_dispatch, "GPU_KERNELS", choice)
+    for op in ("dense_crf", "dense_energy_loss", "dense_energy_loss_backward"):
+        assert _dispatch.gpu_kernel(op)[0] == ("cuda" if _dispatch.native.cuda_archs else "reference")
+
+
+@pytest.mark.native
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_instruction_sets(isa, tmp_path):
     if _dispatch.native.cpu_isa == "baseline":

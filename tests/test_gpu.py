@@ -233,6 +233,24 @@ def test_a_walk_is_one_launch(height, width):
     assert len(names) == 1, names
 
 
+# The CRF at the size of a photograph, which is too much for the CPU to run it as the GPU does
+
+
+@pytest.mark.parametrize("smooth", [True, False], ids=["smooth", "noise"])
+def test_crf_of_photographs(smooth):
+    if not info()["cuda"]["archs"]:
+        pytest.skip("the module was compiled without CUDA")
+    pictures, unary = 255 * rand(4, 3, 375, 500), 3 * rand(4, 21, 375, 500, seed=1)
+    if smooth:
+        pictures = torch.nn.functional.avg_pool2d(pictures, 31, stride=1, padding=15)
+    pictures = pictures.round()
+    together = wk.dense_crf(pictures, unary, iterations=1)
+    expected = wk.dense_crf(pictures.cpu(), unary.cpu(), iterations=1)
+    torch.testing.assert_close(together.cpu(), expected, atol=1e-5, rtol=0)
+    for b in range(4):
+        assert torch.equal(wk.dense_crf(pictures[b : b + 1], unary[b : b + 1], iterations=1), together[b : b + 1])
+
+
 # Several GPUs
 
 
