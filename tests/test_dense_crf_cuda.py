@@ -123,6 +123,13 @@ def test_energy_against_float64(library, name, with_roi):
     assert (slope - grad).abs().max() <= 2e-6 * grad.abs().max()
 
 
+def test_more_tiles_than_a_round_of_the_prefix_sums(library):
+    image, probs = picture("smooth", 1, 299, 301), rand(1, 1, 299, 301)
+    loss, _, launches = energy(library, image, probs, slope=False)
+    assert next(launch.grid[0] for launch in launches if launch.kernel == "histogram_kernel") > 256
+    torch.testing.assert_close(loss.double(), reference.dense_energy_loss(image, probs.double()), rtol=1e-6, atol=0)
+
+
 def test_loss_without_slope_is_the_same(library):
     image, probs = picture("smooth", 2, 7, 9), rand(2, 3, 7, 9)
     loss, _, _ = energy(library, image, probs)
