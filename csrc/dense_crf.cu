@@ -50,6 +50,7 @@ __device__ __forceinline__ void store(const MeanField& m, uint32_t pixel, int co
   }
 }
 
+// exp(energy - largest), 0 beyond the labels.
 __device__ __forceinline__ float4 exponentials(const MeanField& m, int column, float4 energy, float largest) {
   const int labels = m.planes.labels - 4 * column;
   return make_float4(expf(energy.x - largest), labels > 1 ? expf(energy.y - largest) : 0,
@@ -85,8 +86,9 @@ __global__ void __launch_bounds__(kLatticeThreads) mean_field_kernel(const MeanF
       sum += (value.x + value.y) + (value.z + value.w);
     }
     for (int distance = 1; distance < lanes; distance *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-    for (int column = lane; column < end; column += lanes)
+    for (int column = lane; column < end; column += lanes) {
       store(m, pixel, column, 1 / sum * (kMany ? kept[column] : value));
+    }
   }
 }
 
