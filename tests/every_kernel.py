@@ -1,6 +1,6 @@
 """Calls every kernel on small inputs and compares with the CPU: a short run for compute-sanitizer.
 
-python tests/every_kernel.py [walk] [affinity] [boundary] [adaptive] [attention] [vote] [refine] [--device cuda]
+python tests/every_kernel.py [walk] [affinity] [boundary] [adaptive] [attention] [vote] [crf] [refine] [--device cuda]
 """
 
 from __future__ import annotations
@@ -124,6 +124,28 @@ def vote(device):
         )
 
 
+def crf(device):
+    if device.type == "cuda" and wk.info()["ops"]["dense_crf"]["cuda"]["forward"]["kernel"] != "cuda":
+        print("crf: the module was compiled without CUDA", flush=True)
+        return
+    for *shape, dtype in ((2, 3, 9, 13, torch.float32), (1, 21, 40, 41, torch.float32), (1, 140, 5, 6, torch.float16)):
+        batch, _, height, width = shape
+        picture = 255 * rand(batch, 3, height, width, seed=1)
+        compare(
+            f"crf {shape} {dtype}",
+            lambda x: wk.dense_crf(picture.to(x.device), x.detach(), iterations=2),  # noqa: B023
+            [rand(*shape, dtype=dtype)],
+            device,
+            gradients=False,
+        )
+        compare(
+            f"energy of the crf {shape} {dtype}",
+            lambda x: wk.dense_energy_loss(picture.to(x.device), x),  # noqa: B023
+            [rand(*shape, dtype=dtype)],
+            device,
+        )
+
+
 def refine(device):
     compare(
         "refine_cams",
@@ -141,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         "walk": walk,
         "attention": attention,
         "vote": vote,
+        "crf": crf,
         "refine": refine,
     }
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
