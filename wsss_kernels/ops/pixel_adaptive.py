@@ -48,8 +48,8 @@ def pixel_adaptive(
 
     Returns:
         [B, C, H, W], contiguous, in the dtype of maps, within 5e-5 of the float64 reference (of its largest value).
-        Where all neighbours of a pixel have one value in a channel, not the pixel's own, "par" divides by 1e-8: what the
-        other channels say is then lost to rounding, as published, in float32 more than in float64.
+        Where all neighbours of a pixel have one value in a channel, not the pixel's own, "par" divides by 1e-8: what
+        the other channels say is then lost to rounding, as published, in float32 more than in float64.
         Differentiable once in maps (float64: any order). NaN and infinity in a map stay in that map; NaN in the picture
         makes those pixels of all maps NaN that have it among their neighbours, and what they reach.
 
