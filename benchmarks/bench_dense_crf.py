@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -113,13 +114,50 @@ def _energy(size: Size, labels: int, *, quick: bool = False) -> Case:
     )
 
 
+def _gpu_crf(size: Size, labels: int) -> Case:
+    """Beside the same in plain PyTorch on the GPU, and beside the CPU kernel with the way there and back."""
+
+    def on_the_cpu(i: Inputs) -> Callable[[], Tensor]:
+        return lambda: wk.dense_crf(i["image"].cpu(), i["unary"].cpu()).to(i["unary"].device)
+
+    def in_pytorch(i: Inputs) -> Callable[[], Tensor]:
+        return lambda: wk.reference.dense_crf(i["image"], i["unary"])
+
+    case = _crf(size, labels, 0, quick=size.batch == 1)
+    ways = (
+        case.ways[0],
+        Way("PyTorch", "library", in_pytorch, tolerance=1e-3, compare=_wrong_labels),
+        Way("ours, on the CPU", "library", on_the_cpu, tolerance=1e-3, compare=_wrong_labels),
+    )
+    return replace(case, ways=ways, aims=())
+
+
+def _gpu_energy(size: Size, labels: int) -> Case:
+    def on_the_cpu(image: Tensor, probs: Tensor, sigma_xy: float) -> Tensor:
+        return wk.dense_energy_loss(image.cpu(), probs.cpu(), sigma_xy=sigma_xy).to(probs.device)
+
+    case = _energy(size, labels)
+    others = {"PyTorch": wk.reference.dense_energy_loss, "ours, on the CPU": on_the_cpu}
+    ways = [
+        Way(name, "library", lambda i, loss=loss: lambda: _loss_and_gradient(i, loss, torch.float32), tolerance=1e-4)
+        for name, loss in others.items()
+    ]
+    return replace(case, ways=(case.ways[0], *ways), aims=())
+
+
 CASES: list[Case] = [
     _crf(VOC, 3, 3, quick=True),
     _crf(VOC, 21, 4),
     _crf(COCO, 81, 5),
     _energy(CROP, 21, quick=True),
 ]
-GPU_CASES: list[Case] = []
+GPU_CASES: list[Case] = [
+    _gpu_crf(VOC, 3),
+    _gpu_crf(VOC, 21),
+    _gpu_crf(sizes.batched(VOC, 8), 21),
+    _gpu_crf(COCO, 81),
+    _gpu_energy(CROP, 21),
+]
 
 
 def test_dense_crf(benchmark: Any, case: Case, way: Way) -> None:

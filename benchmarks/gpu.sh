@@ -2,7 +2,7 @@
 # Builds in place, then proves and measures everything on this machine's GPU. Needs no network and installs nothing.
 #   benchmarks/gpu.sh                  all of it, in 8 minutes at the most
 #   PART=bench benchmarks/gpu.sh       some of: test graph sanitize bench compile (the build always comes first)
-#   PART="bench walk"                  ... for one op of: walk affinity refine
+#   PART="bench walk"                  ... for one op of: walk affinity crf refine
 #   OUT=build/gpu   where gpu.log, summary.txt and the result rows go      PYTHON=python3
 #   LIMIT=480       seconds for everything                                 WSSS_COMMIT=...  for a tree without git
 set -euo pipefail
@@ -18,8 +18,8 @@ parts=() ops=()
 for word in "${words[@]}"; do
   case "$word" in
     build | test | graph | sanitize | bench | compile) parts+=("$word") ;;
-    walk | affinity | refine) ops+=("$word") ;;
-    *) stop "PART must name some of build test graph sanitize bench compile walk affinity refine, got $word" ;;
+    walk | affinity | crf | refine) ops+=("$word") ;;
+    *) stop "PART must name some of build test graph sanitize bench compile walk affinity crf refine, got $word" ;;
   esac
 done
 
@@ -91,10 +91,11 @@ fi
 
 # Parts
 
-declare -A files=([walk]=random_walk [affinity]=local_affinity [refine]=refine)
+declare -A files=([walk]=random_walk [affinity]=local_affinity [crf]=dense_crf [refine]=refine)
 tests=()
 for op in "${ops[@]}"; do tests+=("tests/test_${files[$op]}.py"); done
-[[ ${#ops[@]} != 0 ]] || tests=(tests/test_{random_walk,local_affinity,refine,properties,shapes_sweep,compile}.py)
+all=(random_walk local_affinity dense_crf refine properties shapes_sweep compile)
+[[ ${#ops[@]} != 0 ]] || tests=("${all[@]/#/tests/test_}") tests=("${tests[@]/%/.py}")
 # In its summary a failure is followed by its reason where the line is long enough.
 pytest=(env COLUMNS=200 "$python" -m pytest --device cuda -q --tb=short -p no:cacheprovider --maxfail=40)
 no_pytest="$(lacks pytest hypothesis)"
@@ -103,8 +104,10 @@ side_by_side=()
 
 suite() {
   [[ -z "$no_pytest" ]] || { skip "test $1" "$python has no $no_pytest"; return; }
+  local file chosen=()
+  for file in "${tests[@]}"; do [[ "$1" != cuda && "$file" == *dense_crf* ]] || chosen+=("$file"); done
   run "test $1" 110 env WSSS_GPU_KERNELS="$1" OMP_NUM_THREADS=2 "${pytest[@]}" \
-    "${side_by_side[@]}" -m "not gpu" "${tests[@]}" || true
+    "${side_by_side[@]}" -m "not gpu" "${chosen[@]}" || true
 }
 
 graph() {
@@ -134,12 +137,14 @@ measure() {  # NAME SECONDS KERNELS ARGUMENTS...
 
 bench() {
   local groups=(walk affinity refine overhead) more=()
+  [[ "$1" != cuda ]] || groups+=(crf)
   ((${#ops[@]} == 0)) || groups=("${ops[@]}")
   [[ "$1" == "${kernels[0]}" ]] || more=(--ours)  # the others' ways were measured with the first
   measure "bench $1" 120 "$1" --only "${groups[@]}" "${more[@]}"
 }
 
 for kernel in "${kernels[@]}"; do
+  [[ "$kernel" == cuda || "${ops[*]}" != crf ]] || continue  # it has no Triton kernels
   ! asked test || suite "$kernel"
   ! asked graph || graph "$kernel"
   ! asked sanitize || sanitize "$kernel"

@@ -101,13 +101,11 @@ std::pair<bool, std::vector<double>> walk_gradient_method(int64_t steps, int sol
   return {wsss::gradient_in_double(options), wsss::gradient_series(options)};
 }
 
-// gaussian: sigma x, y, compat. bilateral: sigma x, y, r, g, b, compat.
 void dense_crf(Address image, Address unary, Address out, int64_t batch, int64_t labels, int64_t height, int64_t width,
                int64_t iterations, const std::array<float, 3>& gaussian, const std::array<float, 6>& bilateral,
                int threads) {
-  wsss::CrfOptions options{iterations, {gaussian[0], gaussian[1]}, gaussian[2], {}, bilateral[5]};
-  std::copy_n(bilateral.begin(), 5, options.bilateral_sigma);
-  wsss::dense_crf_cpu(at(image), at(unary), at(out), wsss::CrfShape{batch, labels, height, width}, options, threads);
+  wsss::dense_crf_cpu(at(image), at(unary), at(out), wsss::CrfShape{batch, labels, height, width},
+                      crf_options(iterations, gaussian, bilateral), threads);
 }
 
 void dense_energy(Address image, Address probs, Address roi, Address loss, Address slope, int64_t batch, int64_t labels,

@@ -3,8 +3,10 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 
+#include "dense_crf.h"
 #include "local_affinity.h"
 #include "random_walk.h"
 
@@ -27,6 +29,14 @@ inline AffinityOptions affinity_options(int radius, bool cosine, double scale, b
 
 inline WalkOptions walk_options(int radius, double beta, int64_t steps, int solver, double tol) {
   return {radius, beta, steps, static_cast<WalkSolver>(solver), tol};
+}
+
+// gaussian: sigma x, y, compat. bilateral: sigma x, y, r, g, b, compat.
+inline CrfOptions crf_options(int64_t iterations, const std::array<float, 3>& gaussian,
+                              const std::array<float, 6>& bilateral) {
+  CrfOptions options{iterations, {gaussian[0], gaussian[1]}, gaussian[2], {}, bilateral[5]};
+  std::copy_n(bilateral.begin(), 5, options.bilateral_sigma);
+  return options;
 }
 
 void bind_cuda(py::module_& m);

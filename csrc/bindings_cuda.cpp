@@ -73,6 +73,35 @@ void random_walk_backward_cuda(Address grad, Address maps, Address affinity, Add
       walk_options(radius, beta, steps, solver, tol), at<void>(workspace), at<void>(stream));
 }
 
+size_t dense_crf_cuda_workspace(int64_t batch, int64_t labels, int64_t height, int64_t width, int64_t iterations,
+                                const std::array<float, 3>& gaussian, const std::array<float, 6>& bilateral) {
+  return wsss::dense_crf_cuda_workspace(CrfShape{batch, labels, height, width},
+                                        crf_options(iterations, gaussian, bilateral));
+}
+
+void dense_crf_cuda(Address image, Address unary, Address out, int64_t batch, int64_t labels, int64_t height,
+                    int64_t width, int64_t iterations, const std::array<float, 3>& gaussian,
+                    const std::array<float, 6>& bilateral, Address workspace, size_t workspace_bytes, int device,
+                    Address stream) {
+  const CudaDevice current(device);
+  wsss::dense_crf_cuda(at(image), at(unary), at(out), CrfShape{batch, labels, height, width},
+                       crf_options(iterations, gaussian, bilateral), at<void>(workspace), workspace_bytes,
+                       at<void>(stream));
+}
+
+size_t dense_energy_loss_cuda_workspace(int64_t batch, int64_t labels, int64_t height, int64_t width,
+                                        const std::array<float, 5>& sigma) {
+  return wsss::dense_energy_cuda_workspace(CrfShape{batch, labels, height, width}, sigma.data());
+}
+
+void dense_energy_loss_cuda(Address image, Address probs, Address roi, Address loss, Address slope, int64_t batch,
+                            int64_t labels, int64_t height, int64_t width, const std::array<float, 5>& sigma,
+                            Address workspace, size_t workspace_bytes, int device, Address stream) {
+  const CudaDevice current(device);
+  wsss::dense_energy_cuda(at(image), at(probs), at(roi), at(loss), at(slope), CrfShape{batch, labels, height, width},
+                          sigma.data(), at<void>(workspace), workspace_bytes, at<void>(stream));
+}
+
 std::pair<int, std::string> cuda_device_count() {
   std::string message;
   const int count = wsss::cuda_device_count(&message);
@@ -93,6 +122,10 @@ void bind_cuda(py::module_& m) {
   m.def("local_affinity_cuda", &local_affinity_cuda, without_gil);
   m.def("local_affinity_backward_cuda_workspace", &local_affinity_backward_cuda_workspace);
   m.def("local_affinity_backward_cuda", &local_affinity_backward_cuda, without_gil);
+  m.def("dense_crf_cuda_workspace", &dense_crf_cuda_workspace);
+  m.def("dense_crf_cuda", &dense_crf_cuda, without_gil);
+  m.def("dense_energy_loss_cuda_workspace", &dense_energy_loss_cuda_workspace);
+  m.def("dense_energy_loss_cuda", &dense_energy_loss_cuda, without_gil);
   py::class_<CudaWalkPlan>(m, "CudaWalkPlan")
       .def_readonly("workspace", &CudaWalkPlan::workspace)
       .def_readonly("blocks", &CudaWalkPlan::blocks)

@@ -4,6 +4,7 @@
 // F filters with a Gaussian over (x, y), or over (x, y, r, g, b), on the permutohedral lattice; n = 1 / sqrt(F(1) +
 // 1e-20).
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 namespace wsss {
@@ -32,5 +33,16 @@ void dense_energy_cpu(const float* image,  // [B, 3, H, W], 0..255
                       float* loss,         // one number
                       float* slope,        // [B, C, H, W], every element is written, or null
                       CrfShape shape, const float* sigma /* x, y, r, g, b */, int threads);
+
+// The same on the current CUDA device (all pointers on it), in stream order: no allocation, no wait for the device. As
+// many images go through it side by side as the workspace has room for; what they give does not depend on it. The
+// workspace that is asked for has room for all of them, or for what 2 GB hold, and always for one.
+size_t dense_crf_cuda_workspace(CrfShape shape, const CrfOptions& options);
+void dense_crf_cuda(const float* image, const float* unary, float* out, CrfShape shape, const CrfOptions& options,
+                    void* workspace, size_t workspace_bytes, void* stream /* a cudaStream_t */);
+
+size_t dense_energy_cuda_workspace(CrfShape shape, const float* sigma);
+void dense_energy_cuda(const float* image, const float* probs, const float* roi, float* loss, float* slope,
+                       CrfShape shape, const float* sigma, void* workspace, size_t workspace_bytes, void* stream);
 
 }  // namespace wsss

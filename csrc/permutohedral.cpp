@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "common/isa.h"
+#include "permutohedral_range.h"
 
 namespace wsss {
 
@@ -72,31 +73,16 @@ Lattice::Lattice(const LatticeSpace& space, const std::vector<LatticeTile>& tile
       local_(size_t(space.height) * space.width * vertices_),
       tile_row_(tiles.size() + 1),
       tile_keys_(size_t(space.height) * space.width * vertices_) {
-  const int dim = space.dim;
-  // Coordinate j of an elevated vector is sum of c_i over i >= j less j c_(j-1), 0 <= c_i <= most_i.
-  double most[kMaxLatticeDim], above = 0;
-  for (int i = 0; i < dim; ++i) {
-    const double range = i == 0 ? double(space.width) : i == 1 ? double(space.height) : 255.0;
-    most[i] = range / space.sigma[i] * std::sqrt(2.0 / 3) * (dim + 1) / std::sqrt((i + 1.0) * (i + 2.0));
-    above += most[i];
-  }
+  const LatticeRange range = lattice_range(space);
   int shift = kRemainderBits;
-  bool fits = above <= double(1 << 21) && double(space.height) * double(space.width) * vertices_ < double(kChainEnd);
-  for (int j = 0; j < dim && fits; ++j) {
-    if (j > 0) above -= most[j - 1];
-    const double low = j > 0 ? -j * most[j - 1] / (dim + 1) : 0.0, high = above / (dim + 1);
-    fits = low >= -(1 << 21);
-    if (!fits) break;
-    constexpr int kMargin = 4;  // rounding, the step back into the plane, vertices, neighbours
-    keys_.low[j] = int(std::floor(low)) - kMargin;
-    keys_.shift[j] = shift;
-    unit_[j] = uint64_t(1) << shift;
-    const int values = int(std::ceil(high)) + kMargin - keys_.low[j] + 1;
-    while ((1 << (shift - keys_.shift[j])) < values) ++shift;
-    fits = shift <= 62;
+  for (int i = 0; i < space.dim; ++i) {
+    keys_.low[i] = range.low[i];
+    keys_.shift[i] = shift;
+    unit_[i] = uint64_t(1) << shift;
+    while ((1 << (shift - keys_.shift[i])) < range.values[i]) ++shift;
+    if (shift > 62) throw std::invalid_argument("the sigmas are too small for an image of this size");
   }
-  unit_[dim] = 0;
-  if (!fits) throw std::invalid_argument("the sigmas are too small for an image of this size");
+  unit_[space.dim] = 0;
 }
 
 void Lattice::build(const float* image, bool normalized, int threads) {

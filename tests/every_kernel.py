@@ -1,6 +1,6 @@
 """Calls every kernel on small inputs and compares with the CPU: a short run for compute-sanitizer.
 
-python tests/every_kernel.py [walk] [affinity] [boundary] [attention] [vote] [refine] [--device cuda]
+python tests/every_kernel.py [walk] [affinity] [boundary] [adaptive] [attention] [vote] [crf] [refine] [--device cuda]
 """
 
 from __future__ import annotations
@@ -60,6 +60,19 @@ def boundary(device):
         )
 
 
+def adaptive(device):
+    shapes = ((2, 3, 9, 13, torch.float32), (1, 21, 34, 45, torch.float32), (1, 1, 3, 2, torch.float16))
+    for (*shape, dtype), variant in itertools.product(shapes, ("pamr", "par")):
+        batch, _, height, width = shape
+        picture = 255 * rand(batch, 3, height, width, seed=1)
+        compare(
+            f"pixel-adaptive {shape} {dtype} {variant}",
+            lambda x: wk.pixel_adaptive(picture.to(x.device), x, variant=variant, iterations=3),  # noqa: B023
+            [rand(*shape, dtype=dtype)],
+            device,
+        )
+
+
 def walk(device):
     shapes = ((2, 3, 9, 13, 5), (1, 7, 47, 63, 5), (1, 2, 94, 125, 5), (2, 4, 12, 17, 3), (1, 1, 2, 3, 9))
     for (*shape, radius), (solver, tol) in itertools.product(
@@ -111,6 +124,28 @@ def vote(device):
         )
 
 
+def crf(device):
+    if device.type == "cuda" and wk.info()["ops"]["dense_crf"]["cuda"]["forward"]["kernel"] != "cuda":
+        print("crf: the module was compiled without CUDA", flush=True)
+        return
+    for *shape, dtype in ((2, 3, 9, 13, torch.float32), (1, 21, 40, 41, torch.float32), (1, 140, 5, 6, torch.float16)):
+        batch, _, height, width = shape
+        picture = 255 * rand(batch, 3, height, width, seed=1)
+        compare(
+            f"crf {shape} {dtype}",
+            lambda x: wk.dense_crf(picture.to(x.device), x.detach(), iterations=2),  # noqa: B023
+            [rand(*shape, dtype=dtype)],
+            device,
+            gradients=False,
+        )
+        compare(
+            f"energy of the crf {shape} {dtype}",
+            lambda x: wk.dense_energy_loss(picture.to(x.device), x),  # noqa: B023
+            [rand(*shape, dtype=dtype)],
+            device,
+        )
+
+
 def refine(device):
     compare(
         "refine_cams",
@@ -124,9 +159,11 @@ def main(argv: list[str] | None = None) -> None:
     groups = {
         "affinity": affinity,
         "boundary": boundary,
+        "adaptive": adaptive,
         "walk": walk,
         "attention": attention,
         "vote": vote,
+        "crf": crf,
         "refine": refine,
     }
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])

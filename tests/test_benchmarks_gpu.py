@@ -90,11 +90,19 @@ def test_the_sizes_that_matter_are_there():
             assert f"walk {size} batch {batch} C=3" in CASES
             assert CASES[f"affinity {size} batch {batch}"].size.dim == 448
     assert CASES["affinity, forward + backward crop 56x56 batch 8"].size.batch == 8
-    assert {case.op for case in CASES.values()} == {"random_walk", "local_affinity", "refine_cams"}
+    ops = {"random_walk", "local_affinity", "dense_crf", "dense_energy_loss", "refine_cams"}
+    assert {case.op for case in CASES.values()} == ops
 
 
 @pytest.mark.parametrize(
-    "name", [SHORT, "affinity, forward + backward crop 56x56 batch 8", "walk psa 47x63 batch 1 C=3"]
+    "name",
+    [
+        SHORT,
+        "affinity, forward + backward crop 56x56 batch 8",
+        "walk psa 47x63 batch 1 C=3",
+        "dense_crf 21 labels voc 375x500 batch 8",
+        "dense_energy_loss, forward + backward 21 labels crop 160x160 batch 4",
+    ],
 )
 @pytest.mark.native
 def test_every_way_is_right_on_a_tiny_map(name):

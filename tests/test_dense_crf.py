@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import wsss_kernels as wk
-from wsss_kernels import _dispatch
+from wsss_kernels import _dispatch, reference
 
 PSA = {"gaussian": (3, 3), "bilateral": (80, 13, 10)}
 SETS = [PSA, {"gaussian": (3, 3), "bilateral": (50, 5, 10)}, {"gaussian": (1, 3), "bilateral": (64, 3, 4)},
@@ -25,6 +25,13 @@ native_tolerance = 5e-5  # of marginals in 0..1, after 10 iterations
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(name="wk")
+def wk_on_device(wk, device):
+    if device.type == "cuda" and not (_dispatch.native and _dispatch.native.cuda_archs):
+        pytest.skip("the module was compiled without CUDA, and there are no Triton kernels")
+    return wk
 
 
 def picture(batch, height, width, seed=0):
@@ -52,10 +59,10 @@ def energies(batch, labels, height, width, seed=0):
 
 @pytest.mark.parametrize("options", SETS)
 @pytest.mark.parametrize("shape", [(1, 5, 40, 70), (2, 3, 33, 65), (1, 21, 20, 31), (3, 1, 9, 4), (1, 40, 17, 9)])
-def test_equals_the_reference(shape, options, nan_filled):
+def test_equals_the_reference(wk, shape, options, nan_filled):
     batch, _, height, width = shape
     image, unary = picture(batch, height, width), energies(*shape)
-    expected = wk.reference.dense_crf(image, unary.double(), **options)
+    expected = reference.dense_crf(image, unary.double(), **options)
     out = wk.dense_crf(image, unary, **options)
     assert out.is_contiguous() and out.dtype == torch.float32
     assert (out - expected).abs().max() < native_tolerance
@@ -63,46 +70,46 @@ def test_equals_the_reference(shape, options, nan_filled):
 
 
 @pytest.mark.parametrize("labels", [2, 4, 7, 8, 15, 16, 17, 32, 33, 50, 64, 70])
-def test_every_width_of_a_row(labels):
+def test_every_width_of_a_row(wk, labels):
     shape = (1, labels, 35, 37)
     image, unary = picture(1, 35, 37), energies(*shape)
-    expected = wk.reference.dense_crf(image, unary.double(), iterations=3)
+    expected = reference.dense_crf(image, unary.double(), iterations=3)
     assert (wk.dense_crf(image, unary, iterations=3) - expected).abs().max() < native_tolerance
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 70), (65, 1), (2, 3), (32, 64), (33, 64), (32, 65), (0, 5), (5, 0)])
-def test_sizes(size):
+def test_sizes(wk, size):
     image, unary = picture(2, *size), torch.rand(2, 3, *size)
     # Where nothing decides between labels, as here, mean field amplifies rounding, the float32 reference's as well: to
     # 4e-3 after 10 iterations.
-    expected = wk.reference.dense_crf(image, unary.double(), iterations=2)
+    expected = reference.dense_crf(image, unary.double(), iterations=2)
     out = wk.dense_crf(image, unary, iterations=2)
     assert out.shape == unary.shape
     assert torch.allclose(out.double(), expected, atol=native_tolerance)
     probs = torch.rand(2, 3, *size)
     loss = wk.dense_energy_loss(image, probs)
-    assert torch.allclose(loss.double(), wk.reference.dense_energy_loss(image, probs.double()), rtol=1e-5)
+    assert torch.allclose(loss.double(), reference.dense_energy_loss(image, probs.double()), rtol=1e-5)
 
 
-def test_empty_batch_and_no_labels():
+def test_empty_batch_and_no_labels(wk):
     assert wk.dense_crf(picture(0, 4, 5), torch.rand(0, 3, 4, 5)).shape == (0, 3, 4, 5)
     assert wk.dense_crf(picture(2, 4, 5), torch.rand(2, 0, 4, 5)).shape == (2, 0, 4, 5)
     assert wk.dense_energy_loss(picture(0, 4, 5), torch.rand(0, 3, 4, 5)) == 0
     assert wk.dense_energy_loss(picture(2, 4, 5), torch.rand(2, 0, 4, 5)) == 0
 
 
-def test_one_label_is_certain():
+def test_one_label_is_certain(wk):
     assert torch.equal(wk.dense_crf(picture(1, 9, 8), torch.rand(1, 1, 9, 8)), torch.ones(1, 1, 9, 8))
 
 
-def test_no_term_or_no_iteration_is_a_softmax():
+def test_no_term_or_no_iteration_is_a_softmax(wk):
     image, unary = picture(2, 20, 30), energies(2, 5, 20, 30)
     expected = torch.softmax(-unary, 1)
     torch.testing.assert_close(wk.dense_crf(image, unary, gaussian=(3, 0), bilateral=(80, 13, 0)), expected)
     torch.testing.assert_close(wk.dense_crf(image, unary, iterations=0), expected)
 
 
-def test_one_pixel_by_hand():
+def test_one_pixel_by_hand(wk):
     """The only pixel receives all of itself: n F n = 1, so one iteration adds compat * Q to the energies."""
     unary = torch.tensor([1.0, 2.0, 4.0]).view(1, 3, 1, 1)
     q = torch.softmax(-unary, 1)
@@ -111,7 +118,7 @@ def test_one_pixel_by_hand():
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_labels_may_come_in_any_order():
+def test_labels_may_come_in_any_order(wk):
     image, unary = picture(1, 30, 41), energies(1, 6, 30, 41)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     torch.testing.assert_close(
@@ -119,7 +126,7 @@ def test_labels_may_come_in_any_order():
     )
 
 
-def test_images_of_a_batch_do_not_meet():
+def test_images_of_a_batch_do_not_meet(wk):
     image, unary = picture(3, 40, 50), energies(3, 4, 40, 50)
     together = wk.dense_crf(image, unary)
     for b in range(3):
@@ -127,22 +134,22 @@ def test_images_of_a_batch_do_not_meet():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_dtypes(dtype):
+def test_dtypes(wk, dtype):
     image, unary = picture(1, 24, 33), energies(1, 4, 24, 33).to(dtype)
     out = wk.dense_crf(image, unary)
-    expected = wk.reference.dense_crf(image, unary.double())
+    expected = reference.dense_crf(image, unary.double())
     assert out.dtype == dtype
     assert (out.double() - expected).abs().max() < {torch.float16: 2e-3, torch.bfloat16: 1e-2}.get(dtype, 1e-12)
 
 
-def test_layouts(layout):
+def test_layouts(wk, layout):
     image, unary = layout(picture(3, 20, 24).float()), layout(energies(3, 3, 20, 24))
     assert torch.equal(wk.dense_crf(image, unary), wk.dense_crf(image.clone().contiguous(), unary.clone().contiguous()))
     loss = wk.dense_energy_loss(image, unary)
     assert torch.equal(loss, wk.dense_energy_loss(image.clone().contiguous(), unary.clone().contiguous()))
 
 
-def test_float_pictures():
+def test_float_pictures(wk):
     image, unary = picture(1, 24, 33), energies(1, 4, 24, 33)
     expected = wk.dense_crf(image, unary)
     assert torch.equal(wk.dense_crf(image.float(), unary), expected)
@@ -152,34 +159,34 @@ def test_float_pictures():
     tame = image.float()
     tame[0, :, 3, 4], tame[0, :, 5, 6] = 0, 255
     assert torch.equal(wk.dense_crf(odd, unary), wk.dense_crf(tame, unary))
-    assert torch.equal(wk.reference.dense_crf(odd, unary), wk.reference.dense_crf(tame, unary))
+    assert torch.equal(reference.dense_crf(odd, unary), reference.dense_crf(tame, unary))
 
 
 # NaN and infinity
 
 
 @pytest.mark.parametrize("wrong", [math.nan, -math.inf])
-def test_nan_stays_in_its_image(wrong):
+def test_nan_stays_in_its_image(wk, wrong):
     image, unary = picture(2, 20, 30), energies(2, 4, 20, 30)
     clean = wk.dense_crf(image, unary)
     unary[0, 1, 3, 4] = wrong
     out = wk.dense_crf(image, unary)
     assert torch.equal(out[1], clean[1])
     assert out[0, :, 3, 4].isnan().all()
-    assert torch.equal(out.isnan(), wk.reference.dense_crf(image, unary).isnan())
+    assert torch.equal(out.isnan(), reference.dense_crf(image, unary).isnan())
 
 
-def test_nan_probability_makes_the_loss_nan():
+def test_nan_probability_makes_the_loss_nan(wk):
     image, probs = picture(2, 20, 30), torch.rand(2, 4, 20, 30)
     probs[0, 1, 3, 4] = math.nan
     leaf = probs.clone().requires_grad_()
     loss = wk.dense_energy_loss(image, leaf)
     loss.backward()
-    assert loss.isnan() and wk.reference.dense_energy_loss(image, probs).isnan()
+    assert loss.isnan() and reference.dense_energy_loss(image, probs).isnan()
     assert leaf.grad[0, 1, 3, 4].isnan() and leaf.grad[0, [0, 2, 3]].isfinite().all() and leaf.grad[1].isfinite().all()
 
 
-def test_infinite_energy_forbids_a_label():
+def test_infinite_energy_forbids_a_label(wk):
     image, unary = picture(1, 20, 30), energies(1, 4, 20, 30)
     unary[0, 2] = math.inf
     out = wk.dense_crf(image, unary)
@@ -228,7 +235,7 @@ def as_tensors(image, unary):
     return torch.from_numpy(image).permute(2, 0, 1)[None], torch.from_numpy(unary)[None]
 
 
-def test_stored_numbers_of_pydensecrf():
+def test_stored_numbers_of_pydensecrf(wk):
     out = wk.dense_crf(*as_tensors(*stored_scene()), **STORED_SET)[0]
     assert [float(out[place]) for place in STORED_PLACES] == pytest.approx(STORED, abs=1e-4)
 
@@ -352,14 +359,14 @@ def test_refusals(image, unary, options, error, words):
 
 
 @pytest.mark.parametrize("sigma", [0.004, 0.1, 0.4, 1e5, 1e30])
-def test_extreme_sigmas_run_or_are_refused(sigma):
+def test_extreme_sigmas_run_or_are_refused(wk, sigma):
     image, unary = picture(1, 20, 70), energies(1, 3, 20, 70)
     options = {"gaussian": (sigma, 1), "bilateral": (sigma, sigma, 2)}
     if sigma <= 0.1:
         with pytest.raises(ValueError, match="larger sigmas"):
             wk.dense_crf(image, unary, **options)
         return
-    expected = wk.reference.dense_crf(image, unary.double(), **options)
+    expected = reference.dense_crf(image, unary.double(), **options)
     assert (wk.dense_crf(image, unary, **options) - expected).abs().max() < native_tolerance
 
 
@@ -377,14 +384,14 @@ def test_maps_that_want_a_gradient_are_refused():
 
 @pytest.mark.parametrize("roi", [None, "float", "bool", "with a channel"])
 @pytest.mark.parametrize("shape", [(2, 3, 33, 40), (1, 21, 20, 70), (3, 1, 5, 9)])
-def test_energy_and_gradient(shape, roi, nan_filled):
+def test_energy_and_gradient(wk, shape, roi, nan_filled):
     batch, _, height, width = shape
     image, probs = picture(batch, height, width), torch.softmax(energies(*shape), 1)
     if roi is not None:
         roi = {"float": torch.rand(batch, height, width), "bool": torch.rand(batch, height, width) > 0.3,
                "with a channel": torch.rand(batch, 1, height, width)}[roi]  # fmt: skip
     exact, leaf = probs.double().requires_grad_(), probs.clone().requires_grad_()
-    expected = wk.reference.dense_energy_loss(image, exact, roi=roi)
+    expected = reference.dense_energy_loss(image, exact, roi=roi)
     loss = wk.dense_energy_loss(image, leaf, roi=roi)
     assert loss.shape == () and loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
@@ -393,7 +400,7 @@ def test_energy_and_gradient(shape, roi, nan_filled):
     torch.testing.assert_close(wk.dense_energy_loss(image, probs, roi=roi), loss.detach(), rtol=1e-6, atol=0)
 
 
-def test_energy_by_its_definition():
+def test_energy_by_its_definition(wk):
     """loss = -<S, A S> / B with A's columns taken one by one from the gradient of the loss: -2 A S roi / B."""
     image, probs = picture(2, 9, 10), torch.rand(2, 3, 9, 10)
     roi = (torch.rand(2, 9, 10) > 0.4).float()
@@ -404,7 +411,7 @@ def test_energy_by_its_definition():
     assert (leaf.grad.permute(1, 0, 2, 3)[:, roi == 0] == 0).all() and (leaf.grad <= 0).all()
 
 
-def test_energy_of_labels_apart():
+def test_energy_of_labels_apart(wk):
     """Two regions, two colours: cutting along the edge costs less than cutting across."""
     image = torch.zeros(1, 3, 20, 20, dtype=torch.uint8)
     image[..., 10:] = 200
@@ -428,7 +435,7 @@ def test_energy_in_half_precision(dtype):
         assert wk.dense_energy_loss(image, probs).dtype == torch.float32
 
 
-def test_energy_of_float64_runs_the_reference():
+def test_energy_of_float64_runs_the_reference(wk):
     image, probs = picture(1, 9, 10), torch.rand(1, 2, 9, 10, dtype=torch.float64, requires_grad=True)
     loss = wk.dense_energy_loss(image, probs)
     assert loss.dtype == torch.float64
@@ -439,7 +446,7 @@ def test_energy_of_float64_runs_the_reference():
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_second_derivatives_are_refused(dtype):
+def test_second_derivatives_are_refused(wk, dtype):
     probs = torch.rand(1, 2, 5, 6, dtype=dtype, requires_grad=True)
     loss = wk.dense_energy_loss(picture(1, 5, 6), probs)
     grad = torch.autograd.grad(loss.square(), probs, create_graph=True)[0]
@@ -504,13 +511,25 @@ def test_compiled():
 
 @pytest.mark.native
 def test_info_says_what_runs_on_a_gpu():
-    rows = wk.info()["ops"]
-    for op in ("dense_crf", "dense_energy_loss"):
-        assert rows[op]["cpu"]["forward"]["kernel"] == "native"
-        assert rows[op]["cuda"]["forward"] == {"kernel": "reference", "because": f"{op} has no GPU kernel yet"}
+    rows, built = wk.info()["ops"], bool(_dispatch.native.cuda_archs)
+    why_not = "" if built else "the module was compiled without CUDA; {} has no Triton kernel"
+    kernels = [("dense_crf", "forward"), ("dense_energy_loss", "forward"), ("dense_energy_loss", "backward")]
+    for op, direction in kernels:
+        assert rows[op]["cpu"][direction]["kernel"] == "native"
+        if not torch.cuda.is_available():
+            kernel = {"kernel": "cuda" if built else "reference", "because": why_not.format(op)}
+            assert rows[op]["cuda"][direction] == kernel
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wk.dense_crf(IMAGE, UNARY)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("choice", ["", "cuda", "triton"])
+def test_the_choice_of_gpu_kernels_is_for_ops_that_have_both(choice, monkeypatch):
+    monkeypatch.setattr(_dispatch, "GPU_KERNELS", choice)
+    for op in ("dense_crf", "dense_energy_loss", "dense_energy_loss_backward"):
+        assert _dispatch.gpu_kernel(op)[0] == ("cuda" if _dispatch.native.cuda_archs else "reference")
 
 
 @pytest.mark.native
@@ -534,9 +553,9 @@ torch.save(results, {str(tmp_path / "results.pt")!r})
 """
     subprocess.run([sys.executable, "-c", script], check=True, env=os.environ | {"WSSS_CPU_ISA": isa})
     for (image, unary), (out, grad) in zip(cases, torch.load(tmp_path / "results.pt"), strict=True):
-        assert (out - wk.reference.dense_crf(image, unary.double())).abs().max() < native_tolerance
+        assert (out - reference.dense_crf(image, unary.double())).abs().max() < native_tolerance
         exact = torch.softmax(-unary, 1).double().requires_grad_()
-        wk.reference.dense_energy_loss(image, exact).backward()
+        reference.dense_energy_loss(image, exact).backward()
         assert (grad - exact.grad).abs().max() <= 1e-5 * exact.grad.abs().max()
 
 

@@ -10,7 +10,8 @@ from wsss_kernels.info import info
 
 pytestmark = pytest.mark.gpu
 
-OPS = ("boundary_affinity", "local_affinity", "random_walk")
+OPS = ("boundary_affinity", "local_affinity", "pixel_adaptive", "random_walk")
+CUDA_ONLY = ("dense_crf", "dense_energy_loss")  # no Triton kernels
 
 
 def rand(*shape, seed=0):
@@ -40,6 +41,18 @@ def walk(solver, tol=1e-4, radius=5):
     return call
 
 
+def adaptive(variant):
+    return lambda x: wk.pixel_adaptive(255 * x[:, :3].detach(), x, variant=variant, iterations=3)
+
+
+def crf_of(x):
+    return wk.dense_crf(255 * x[:, :3], 3 * x, iterations=3)
+
+
+def crf_energy_of(x):
+    return wk.dense_energy_loss(255 * x[:, :3].detach(), x)
+
+
 def with_gradients(op):
     def call(x):
         leaf = x.detach().requires_grad_()
@@ -56,17 +69,23 @@ FORWARD = {
     "cosine affinity": cosine_of,
     "boundary affinity": boundary_of(5),
     "boundary affinity of radius 10": boundary_of(10),
+    "pixel-adaptive by PAMR": adaptive("pamr"),
+    "pixel-adaptive by PAR": adaptive("par"),
     "walk by power": walk("power"),
     "walk by series": walk("chebyshev"),
     "walk of radius 3": walk("auto", radius=3),
     "walk in float64": walk("auto", tol=1e-7),
 }
 CALLS = FORWARD | {f"{name}, and backward": with_gradients(op) for name, op in FORWARD.items()}
+OF_CRF = {"crf": crf_of, "energy of the crf, and backward": with_gradients(crf_energy_of)}
+CALLS |= OF_CRF
 SHAPES = [(2, 3, 9, 13), (3, 4, 61, 70)]
 
 
 @pytest.fixture(params=CALLS)
 def call(request):
+    if request.param in OF_CRF and not info()["cuda"]["archs"]:
+        pytest.skip("the module was compiled without CUDA")
     return CALLS[request.param]
 
 
@@ -80,6 +99,8 @@ def test_no_op_runs_the_reference():
     wanted = {os.environ["WSSS_GPU_KERNELS"]} if os.environ.get("WSSS_GPU_KERNELS") else {"cuda", "triton"}
     for op, direction in (("attention_walk", "forward"), ("attention_walk", "backward"), ("mask_vote", "forward")):
         assert kernels[op]["cuda"][direction]["kernel"] == "triton"
+    for op in CUDA_ONLY if info()["cuda"]["archs"] else ():
+        assert kernels[op]["cuda"]["forward"]["kernel"] == "cuda"
     for op in OPS:
         for direction in ("forward", "backward"):
             assert kernels[op]["cuda"][direction]["kernel"] in wanted, kernels[op]["cuda"][direction]
@@ -216,6 +237,24 @@ def test_a_walk_is_one_launch(height, width):
     if not names:
         pytest.skip("the profiler sees no kernel here")
     assert len(names) == 1, names
+
+
+# The CRF at the size of a photograph, which is too much for the CPU to run it as the GPU does
+
+
+@pytest.mark.parametrize("smooth", [True, False], ids=["smooth", "noise"])
+def test_crf_of_photographs(smooth):
+    if not info()["cuda"]["archs"]:
+        pytest.skip("the module was compiled without CUDA")
+    pictures, unary = 255 * rand(4, 3, 375, 500), 3 * rand(4, 21, 375, 500, seed=1)
+    if smooth:
+        pictures = torch.nn.functional.avg_pool2d(pictures, 31, stride=1, padding=15)
+    pictures = pictures.round()
+    together = wk.dense_crf(pictures, unary, iterations=1)
+    expected = wk.dense_crf(pictures.cpu(), unary.cpu(), iterations=1)
+    torch.testing.assert_close(together.cpu(), expected, atol=1e-5, rtol=0)
+    for b in range(4):
+        assert torch.equal(wk.dense_crf(pictures[b : b + 1], unary[b : b + 1], iterations=1), together[b : b + 1])
 
 
 # Several GPUs

@@ -41,7 +41,7 @@ def test_says_that_there_is_no_gpu(tmp_path):
     [
         (
             {"PART": "bench speed"},
-            "PART must name some of build test graph sanitize bench compile walk affinity refine",
+            "PART must name some of build test graph sanitize bench compile walk affinity crf refine",
         ),
         ({"PYTHON": "python0"}, "python0 was not found"),
     ],
@@ -54,7 +54,7 @@ def test_refusals(tmp_path, environment, message):
 @pytest.mark.native
 def test_the_small_calls_are_right(capsys):
     main = runpy.run_path(str(ROOT / "tests" / "every_kernel.py"))["main"]
-    main(["affinity", "refine", "--device", "cpu"])
+    main(["affinity", "crf", "refine", "--device", "cpu"])
     assert "refine_cams" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main(["crf"])
+        main(["blur"])

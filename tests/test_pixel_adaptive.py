@@ -61,22 +61,23 @@ def test_reference_is_the_published_module(variant, dilations):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dilations", DILATIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(shape, dilations, variant):
+def test_against_float64(device, shape, dilations, variant):
     image, maps = scene(*shape)
     options = {"variant": variant, "dilations": dilations}
-    close(wk.pixel_adaptive(image, maps, **options), reference.pixel_adaptive(image, maps.double(), **options), 5e-5)
+    out = wk.pixel_adaptive(image.to(device), maps.to(device), **options).cpu()
+    close(out, reference.pixel_adaptive(image, maps.double(), **options), 5e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradient_against_float64(shape, variant):
+def test_gradient_against_float64(device, shape, variant):
     image, maps = scene(*shape)
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     options = {"variant": variant, "iterations": 3}
-    x, y = maps.clone().requires_grad_(), maps.double().requires_grad_()
-    wk.pixel_adaptive(image, x, **options).backward(grad)
+    x, y = maps.to(device, copy=True).requires_grad_(), maps.double().requires_grad_()
+    wk.pixel_adaptive(image.to(device), x, **options).backward(grad.to(device))
     reference.pixel_adaptive(image, y, **options).backward(grad.double())
-    close(x.grad, y.grad, 5e-5)
+    close(x.grad.cpu(), y.grad, 5e-5)
 
 
 def test_gradcheck_of_the_reference():

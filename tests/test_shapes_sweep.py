@@ -124,6 +124,34 @@ def test_attention_walk(device, first, assert_close, nan_filled):
 
 
 @pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_pixel_adaptive(device, first, assert_close, nan_filled):
+    for i in range(first, first + BLOCK):
+        draw = random.Random(f"adaptive {SEED} {i}")
+        torch.manual_seed(draw.randrange(2**31))
+        batch, height, width = draw_sizes(draw)
+        channels, dtype = draw.randint(0, 10), draw.choice(list(TOLERANCE))
+        options = {
+            "variant": draw.choice(["pamr", "par"]),
+            "dilations": draw.choice([(1,), (1, 2), (3, 50), (1, 2, 4, 8, 12, 24)]),
+            "iterations": draw.choice([0, 1, 2, 5]),
+        }
+        levels = draw.choice([16, 256])  # fewer: 8 equal neighbours, a deviation of 0, and logarithms beyond float32
+        image = torch.randint(0, levels, (batch, 3, height, width)).float()
+        maps = odd_format(draw, torch.randn(batch, channels, height, width).to(dtype).to(device)).requires_grad_()
+        case = {"shape": list(maps.shape), "dtype": dtype, **options, "levels": levels, "case": i}
+        out = wk.pixel_adaptive(odd_format(draw, image.to(device)), maps, **options)
+        assert out.dtype == dtype and out.is_contiguous(), case
+        exact = maps.detach().double().cpu().requires_grad_()
+        expected = reference.pixel_adaptive(image, exact, **options)
+        check("result", out, expected, dtype, assert_close, case, tol=5e-5)
+        if out.numel():
+            upstream = torch.randn(out.shape).to(dtype)
+            grad = torch.autograd.grad(out, maps, upstream.to(device))[0]
+            wanted = torch.autograd.grad(expected, exact, upstream.double())[0]
+            check("gradient", grad, wanted, dtype, assert_close, case, tol=5e-5)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
 def test_mask_vote(device, first, assert_close, nan_filled):
     for i in range(first, first + BLOCK):
         draw = random.Random(f"vote {SEED} {i}")

@@ -30,7 +30,8 @@ GPU_KERNELS = os.environ.get("WSSS_GPU_KERNELS", "")
 if GPU_KERNELS not in ("", "cuda", "triton"):
     raise ValueError(f"WSSS_GPU_KERNELS must be cuda or triton, got {GPU_KERNELS}")
 
-NO_GPU_KERNEL: set[str] = set()  # ops that run the reference on every GPU
+NO_TRITON_KERNEL: set[str] = set()  # ops with a compiled CUDA kernel alone
+GRADIENT_WITH_FORWARD: set[str] = set()  # backwards that only multiply: the forward's kernel has found the gradient
 _warned: set[tuple[str, str]] = set()
 
 
@@ -42,14 +43,16 @@ def gpu_kernel(name: str, device_index: int | None = None) -> tuple[str, str]:
     """
     if native is None:  # the Triton kernels take the choice of solver from it too
         return "reference", native_absence
-    if name in NO_GPU_KERNEL:
-        return "reference", f"{name} has no GPU kernel yet"
+    if name in GRADIENT_WITH_FORWARD:
+        name = name.removesuffix("_backward")
     reasons = []
-    if GPU_KERNELS != "triton":
+    if GPU_KERNELS != "triton" or name in NO_TRITON_KERNEL:
         reason = _why_no_cuda(name, device_index)
         if not reason:
             return "cuda", ""
         reasons.append(reason)
+    if name in NO_TRITON_KERNEL:
+        return "reference", "; ".join([*reasons, f"{name} has no Triton kernel"])
     if GPU_KERNELS != "cuda" or (native.cuda_archs and not hasattr(native, f"{name}_cuda")):
         if importlib.util.find_spec("triton") is not None:
             return "triton", ""

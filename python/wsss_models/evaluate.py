@@ -151,14 +151,16 @@ class ThresholdSweep:
         score, winner = torch.nan_to_num(maps.flatten(1)).max(dim=0)  # ties: the first
         edges = torch.from_numpy(self.thresholds).to(score.dtype)
         below = torch.bucketize(score, edges)[counted]  # how many thresholds are below the score
-        true_ids, true_index = np.unique(truth.reshape(-1)[counted.numpy()], return_inverse=True)
-        if len(true_ids) and not 0 <= true_ids[0] <= true_ids[-1] <= num_classes:
-            raise ValueError(f"truth must be in 0..{num_classes} or 255, got {true_ids[0]}..{true_ids[-1]}")
+        true = truth.reshape(-1)[counted.numpy()].astype(np.int64)
+        if len(true) and not 0 <= true.min() <= true.max() <= num_classes:
+            raise ValueError(f"truth must be in 0..{num_classes} or 255, got {true.min()}..{true.max()}")
+        present = np.bincount(true, minlength=num_classes + 1) > 0  # an image shows few of the classes
+        true_ids, true_index = np.flatnonzero(present), (np.cumsum(present) - 1)[true]
         if not ((class_ids >= 1) & (class_ids <= num_classes)).all():
             raise ValueError(f"class_ids must be in 1..{num_classes}, got {class_ids.tolist()}")
-        cell = (true_index.reshape(-1) * len(class_ids) + winner[counted].numpy()) * steps + below.numpy()
+        cell = (true_index * len(class_ids) + winner[counted].numpy()) * steps + below.numpy()
         shape = (len(true_ids), len(class_ids), steps)
-        return true_ids.astype(np.int64), class_ids, np.bincount(cell, minlength=int(np.prod(shape))).reshape(shape)
+        return true_ids, class_ids, np.bincount(cell, minlength=int(np.prod(shape))).reshape(shape)
 
     def add_counts(self, counted: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
         true_ids, class_ids, counts = counted
@@ -276,10 +278,9 @@ def evaluate_maps(
     def count(i: int, truth: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
         class_ids, cams = read_maps(inside(folder, pictures.ids[i], ".npz"), num_classes=num_classes)
         maps = _to_size(_normalized(torch.from_numpy(cams).clamp_min(0), normalize), truth.shape)
-        found = (
-            wk.labels_from_maps(maps, class_ids=class_ids.tolist()).numpy() if len(class_ids) else np.zeros_like(truth)
-        )
-        return sweep.count(truth, class_ids, maps), _pair_counts(truth, found, num_classes + 1)
+        found = wk.labels_from_maps(maps, class_ids=class_ids.tolist())  # all background without a class
+        assert isinstance(found, Tensor)  # a tensor in, a tensor out
+        return sweep.count(truth, class_ids, maps), _pair_counts(truth, found.numpy(), num_classes + 1)
 
     result = Evaluation(confusion=Confusion(num_classes), sweep=sweep)
     for counted, label_free in _each(pictures, numbers, workers, count, result, progress):

@@ -336,7 +336,7 @@ def test_symlinks_out_of_the_folders(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--method", "image,affinity", "--feats", "feats"], "must come first"),
+        (["--method", "image,affinity", "--feats", "feats"], "a method that comes first"),
         (["--compare", "image"], "give --sheet FILE too"),
         (["--sheet", "s.png", "--compare", "magic"], "method must be one of"),
         (["--tile", "8"], "--tile must be at least 16"),
@@ -528,3 +528,99 @@ def test_kill_at_random_moments(tmp_path):
     killed, partial = map(int, done.stdout.split())
     assert killed >= 17
     assert partial >= 8
+
+
+# --- what some methods take beside the picture ------------------------------------------------------------------------
+
+
+def picture_and_cams(root: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    picture = torch.from_numpy(files.read_picture(root / "images" / f"{name}.png")).permute(2, 0, 1)
+    return picture, torch.from_numpy(files.read_maps(root / "cams" / f"{name}.npz")[1])
+
+
+def save_arrays(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    folder.mkdir()
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+
+
+def test_boundary_and_attention_come_from_feats(tmp_path):
+    make_set(tmp_path, 2)
+    rng = np.random.default_rng(1)
+    inputs = {
+        "boundary": {name: rng.random((10, 14)).astype(np.float32) for name in ("p00", "p01")},
+        "attention": {name: rng.random((3, 30, 30)).astype(np.float32) for name in ("p00", "p01")},
+    }
+    for method, arrays in inputs.items():
+        save_arrays(tmp_path / method, arrays)
+        more = ("--method", method, "--feats", f"{tmp_path}/{method}", "--maps")
+        assert refine(tmp_path, *more, out=f"out-{method}") == 0
+        for name, array in arrays.items():
+            picture, cams = picture_and_cams(tmp_path, name)
+            feats = torch.from_numpy(array[None] if method == "boundary" else array.mean(0))
+            expected = wk.refine_cams(cams, feats, method=method, size=picture.shape[-2:])
+            assert (
+                np.abs(files.read_maps(tmp_path / f"out-{method}" / f"{name}.npz")[1] - expected.numpy()).max() < 1e-3
+            )
+
+
+@pytest.mark.parametrize("kind", ["png", "superpixels", "masks"])
+def test_segments_vote(tmp_path, kind):
+    make_set(tmp_path, 1)
+    ys, xs = np.mgrid[:40, :56]
+    segments = (ys // 9 * 7 + xs // 8).astype(np.int32)
+    if kind == "masks":
+        segments = np.stack([segments % 3 == 0, segments % 5 == 0, xs > 30])
+    if kind == "png":
+        (tmp_path / "segments").mkdir()
+        Image.fromarray(segments.astype(np.uint8)).save(tmp_path / "segments" / "p00.png")
+    else:
+        save_arrays(tmp_path / "segments", {"p00": segments})
+    more = ("--method", "image,vote", "--segments", f"{tmp_path}/segments", "--maps")
+    picture, cams = picture_and_cams(tmp_path, "p00")
+    given = torch.from_numpy(segments if kind == "masks" else segments.astype(np.int64))
+    expected = wk.refine_cams(cams, picture, method=("image", "vote"), segments=given, size="feats")
+    sheet = ("--sheet", f"{tmp_path}/sheet.png", "--compare", "vote", "--compare", "par,vote")
+    assert refine(tmp_path, *more, *sheet) == 0
+    assert np.abs(files.read_maps(tmp_path / "out" / "p00.npz")[1] - expected.numpy()).max() < 1e-3
+    assert (tmp_path / "sheet.png").exists()
+    np.save(tmp_path / "segments" / "p00.npy", (given != given.flatten()[0]).long().numpy()[-40:].reshape(-1, 56)[:40])
+    assert refine(tmp_path, *more) == 0  # other segments: made again
+    assert np.abs(files.read_maps(tmp_path / "out" / "p00.npz")[1] - expected.numpy()).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--method", "boundary"], 'method "boundary" takes features, so give --feats'),
+        (["--method", "image,attention"], 'method "attention" takes features, so give --feats'),
+        (["--method", "par", "--feats", "feats"], "--feats is for a method that comes first, one of affinity"),
+        (["--method", "image,vote"], '--segments and the method "vote" need each other'),
+        (["--method", "image", "--segments", "feats"], '--segments and the method "vote" need each other'),
+        (["--method", "vote", "--segments", "feats", "--tile", "256"], "would cut its --segments"),
+        (["--method", "vote", "--segments", "nowhere"], "--segments must be a folder"),
+    ],
+)
+def test_what_a_method_needs_is_asked_for(tmp_path, capsys, monkeypatch, more, message):
+    make_set(tmp_path, 1, feats=True)
+    monkeypatch.chdir(tmp_path)
+    assert refine(tmp_path, *more) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "method, array, message",
+    [
+        ("boundary", np.zeros((2, 4, 4), np.float32), "a boundary must be [h, w] or [1, h, w]"),
+        ("boundary", np.full((4, 4), 2, np.float32), "must be boundary probabilities in 0..1"),
+        ("attention", np.zeros((4, 5), np.float32), "attention must be [n, n]"),
+        ("image,vote", np.zeros((4, 4), np.float32), "segments must be integers [H, W] or bool masks"),
+    ],
+)
+def test_a_wrong_companion_is_named(tmp_path, capsys, method, array, message):
+    make_set(tmp_path, 1)
+    save_arrays(tmp_path / "given", {"p00": array})
+    option = "--segments" if method == "image,vote" else "--feats"
+    assert refine(tmp_path, "--method", method, option, f"{tmp_path}/given") == 1
+    captured = capsys.readouterr()
+    assert message in captured.out + captured.err

@@ -26,7 +26,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from wsss_kernels import neighbours
-from wsss_kernels.triton import boundary_affinity, launch, local_affinity, mask_vote, random_walk, region_boxes
+from wsss_kernels.triton import (
+    boundary_affinity,
+    launch,
+    local_affinity,
+    mask_vote,
+    pixel_adaptive,
+    random_walk,
+    region_boxes,
+)
 
 TARGETS = (
     GPUTarget("cuda", 80, 32),
@@ -37,7 +45,7 @@ TARGETS = (
 NO_SPILLS = TARGETS[:2]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16",
-         torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}  # fmt: skip
+         torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.uint8: "u8"}  # fmt: skip
 # Of values, that is; the lists of integers are short.
 NARROW_OFFSET = re.compile(r"tt\.addptr .*!tt\.ptr<b?f\d+>>?, (?:tensor<[\dx]*)?i(?!64)\d+")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -47,12 +55,13 @@ class Program(NamedTuple):
     module: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, int], ...]
+    constants: tuple[tuple[str, int | tuple[float, ...]], ...]
     threads: int
+    registers: int | None
 
     def __str__(self) -> str:
         types = dict.fromkeys(kind[1:] for _, kind in self.signature if kind.startswith("*") and kind != "*i32")
-        constants = (f"{name.lower()}={int(value)}" for name, value in self.constants)
+        constants = (f"{name.lower()}={value:n}" for name, value in self.constants if not isinstance(value, tuple))
         return " ".join([self.kernel, "/".join(types), *constants])
 
 
@@ -80,7 +89,8 @@ def recorded_programs() -> list[Program]:
                           for p, a in zip(parameters, arguments, strict=True))  # fmt: skip
         constants_in_order = tuple((p.name, constants.pop(p.name)) for p in function.params if p.is_constexpr)
         assert not constants, f"{function} has no {constants}"
-        program = Program(function.__module__, function.__name__, signature, constants_in_order, configuration.threads)
+        compiled = (configuration.threads, configuration.registers)
+        program = Program(function.__module__, function.__name__, signature, constants_in_order, *compiled)
         programs[program] = None
         reached.append(configuration)
 
@@ -99,6 +109,10 @@ def recorded_programs() -> list[Program]:
         affinity = torch.empty(1, neighbours.neighbour_count(5), size, size, dtype=dtype, device="meta")
         random_walk.random_walk(maps, affinity, 5, 8.0, 2, "auto", tol)
         random_walk.random_walk_backward(maps, maps, affinity, 5, 8.0, 2, "auto", tol, True, True)
+    for par, channels in itertools.product((False, True), (1, 3, 21)):
+        image, maps = (torch.empty(1, c, 6, 7, device="meta") for c in (3, channels))
+        pixel_adaptive.pixel_adaptive(image, maps, par, [1, 2, 4, 8, 12, 24], 1)
+        pixel_adaptive.pixel_adaptive_backward(maps, image, par, [1, 2, 4, 8, 12, 24], 1)
     maps = torch.empty(1, 5, 6, 7, device="meta")
     region_boxes.region_boxes(maps, 0.4)
     for maximum, ids in itertools.product((False, True), (torch.int32, torch.int64)):
@@ -118,7 +132,9 @@ def compile_for(program: Program, target: GPUTarget) -> Use:
     compiled = triton.compile(
         ASTSource(function, ordered, constexprs=dict(program.constants)),
         target=target,
-        options={"num_warps": max(1, program.threads // target.warp_size), "num_stages": 1},
+        options=launch.compiler_options(
+            program.threads, program.registers, target.warp_size, hip=target.backend == "hip"
+        ),
     )
     narrow = NARROW_OFFSET.search(compiled.asm["ttir"])
     if narrow:

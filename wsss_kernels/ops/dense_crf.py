@@ -42,7 +42,9 @@ def dense_crf(
 
     Returns:
         [B, C, H, W] marginals, contiguous, in the dtype of unary; each pixel sums to 1. NaN in unary makes its pixel
-        NaN, and those of the same image that the filters reach from it.
+        NaN, and those of the same image that the filters reach from it. Where nothing decides between labels, as in a
+        picture of noise, mean field amplifies rounding from one iteration to the next, any float32 one: marginals up
+        to 4e-3 from the float64 reference were seen after 10 iterations, of the float32 reference likewise.
 
     Memory: about (C + 40) H W floats, an image at a time, and C for each lattice point (0.05 to 1 H W) and for each
     point of every tile of 32 x 64 pixels (0.2 to 1.3 H W, up to 6 H W for noise), C rounded up to the vector width.
@@ -185,11 +187,11 @@ def run_crf(
         return mean_field(image, unary, iterations, gaussian, bilateral)
     arguments = (iterations, list(gaussian), list(bilateral))
     if _dispatch.calls_directly(unary, image):
-        return _dense_crf_cpu(image, unary, *arguments)
+        return (_dense_crf_cuda if unary.is_cuda else _dense_crf_cpu)(image, unary, *arguments)
     return torch.ops.wsss_kernels.dense_crf(image, unary, *arguments)
 
 
-_dispatch.NO_GPU_KERNEL.add("dense_crf")
+_dispatch.NO_TRITON_KERNEL.add("dense_crf")
 _dispatch.LIBRARY.define(
     "dense_crf(Tensor image, Tensor unary, int iterations, float[] gaussian, float[] bilateral) -> Tensor"
 )
@@ -208,9 +210,26 @@ def _dense_crf_cpu(
     return _dispatch.as_output(out, unary.dtype)
 
 
+def _dense_crf_cuda(
+    image: Tensor, unary: Tensor, iterations: int, gaussian: list[float], bilateral: list[float]
+) -> Tensor:
+    assert _dispatch.native is not None
+    picture, x = _dispatch.as_kernel_input(image), _dispatch.as_kernel_input(unary)
+    out = torch.empty_like(x)
+    call = _dispatch.CudaCall(x)
+    arguments = (*x.shape, iterations, gaussian, bilateral)
+    workspace = call.workspace(_dispatch.native.dense_crf_cuda_workspace(*arguments))
+    _dispatch.native.dense_crf_cuda(
+        picture.data_ptr(), x.data_ptr(), out.data_ptr(), *arguments, workspace.data_ptr(), workspace.numel(),
+        call.index, call.stream,
+    )  # fmt: skip
+    return _dispatch.as_output(out, unary.dtype)
+
+
 def _dense_crf_fake(image: Tensor, unary: Tensor, *_: object) -> Tensor:
     return torch.empty_like(unary, memory_format=torch.contiguous_format)
 
 
 _dispatch.LIBRARY.impl("dense_crf", _dense_crf_cpu, "CPU")
+_dispatch.LIBRARY.impl("dense_crf", _dense_crf_cuda, "CUDA")
 torch.library.register_fake("wsss_kernels::dense_crf", _dense_crf_fake, lib=_dispatch.LIBRARY)

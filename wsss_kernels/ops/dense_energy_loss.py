@@ -60,11 +60,13 @@ def dense_energy_loss(
         return reference.dense_energy_loss(image, probs, roi=roi, sigma_rgb=sigma_rgb, sigma_xy=sigma_xy)
     wants_slope = probs.requires_grad and torch.is_grad_enabled()
     if _dispatch.calls_directly(probs):
-        return _dense_energy_cpu(image, probs, roi, sigma_rgb, sigma_xy, False)[0]
+        kernel = _dense_energy_cuda if probs.is_cuda else _dense_energy_cpu
+        return kernel(image, probs, roi, sigma_rgb, sigma_xy, False)[0]
     return torch.ops.wsss_kernels.dense_energy_loss(image.detach(), probs, roi, sigma_rgb, sigma_xy, wants_slope)[0]
 
 
-_dispatch.NO_GPU_KERNEL.update(("dense_energy_loss", "dense_energy_loss_backward"))
+_dispatch.NO_TRITON_KERNEL.add("dense_energy_loss")
+_dispatch.GRADIENT_WITH_FORWARD.add("dense_energy_loss_backward")
 _dispatch.LIBRARY.define(
     "dense_energy_loss(Tensor image, Tensor probs, Tensor? roi, float sigma_rgb, float sigma_xy, bool wants_slope) -> "
     "(Tensor, Tensor)"
@@ -82,6 +84,24 @@ def _dense_energy_cpu(
     _dispatch.native.dense_energy_loss(
         picture.data_ptr(), x.data_ptr(), 0 if weight is None else weight.data_ptr(), loss.data_ptr(),
         slope.data_ptr() if wants_slope else 0, *x.shape, [sigma_xy] * 2 + [sigma_rgb] * 3, torch.get_num_threads(),
+    )  # fmt: skip
+    return loss, slope
+
+
+def _dense_energy_cuda(
+    image: Tensor, probs: Tensor, roi: Tensor | None, sigma_rgb: float, sigma_xy: float, wants_slope: bool
+) -> tuple[Tensor, Tensor]:
+    assert _dispatch.native is not None
+    picture, x = _dispatch.as_kernel_input(image), _dispatch.as_kernel_input(probs)
+    weight = None if roi is None else _dispatch.as_kernel_input(roi)
+    loss, slope = x.new_empty(()), x.new_empty(probs.shape if wants_slope else 0)
+    call = _dispatch.CudaCall(x)
+    arguments = (*x.shape, [sigma_xy] * 2 + [sigma_rgb] * 3)
+    workspace = call.workspace(_dispatch.native.dense_energy_loss_cuda_workspace(*arguments))
+    _dispatch.native.dense_energy_loss_cuda(
+        picture.data_ptr(), x.data_ptr(), 0 if weight is None else weight.data_ptr(), loss.data_ptr(),
+        slope.data_ptr() if wants_slope else 0, *arguments, workspace.data_ptr(), workspace.numel(), call.index,
+        call.stream,
     )  # fmt: skip
     return loss, slope
 
@@ -112,7 +132,9 @@ def _backward(ctx, grad, _):  # type: ignore[no-untyped-def]
 
 
 _dispatch.LIBRARY.impl("dense_energy_loss", _dense_energy_cpu, "CPU")
-_dispatch.LIBRARY.impl("dense_energy_loss_backward", _dense_energy_backward, "CPU")
+_dispatch.LIBRARY.impl("dense_energy_loss", _dense_energy_cuda, "CUDA")
+for _device in ("CPU", "CUDA"):
+    _dispatch.LIBRARY.impl("dense_energy_loss_backward", _dense_energy_backward, _device)
 torch.library.register_fake("wsss_kernels::dense_energy_loss", _dense_energy_fake, lib=_dispatch.LIBRARY)
 torch.library.register_fake(
     "wsss_kernels::dense_energy_loss_backward", _dense_energy_backward_fake, lib=_dispatch.LIBRARY

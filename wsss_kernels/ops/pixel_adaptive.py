@@ -48,6 +48,8 @@ def pixel_adaptive(
 
     Returns:
         [B, C, H, W], contiguous, in the dtype of maps, within 5e-5 of the float64 reference (of its largest value).
+        Where all neighbours of a pixel have one value in a channel, not the pixel's own, "par" divides by 1e-8: what
+        the other channels say is then lost to rounding, as published, in float32 more than in float64.
         Differentiable once in maps (float64: any order). NaN and infinity in a map stay in that map; NaN in the picture
         makes those pixels of all maps NaN that have it among their neighbours, and what they reach.
 
@@ -87,7 +89,7 @@ def pixel_adaptive(
             maps = F.interpolate(maps.float(), size, mode="bilinear", align_corners=True)
     arguments = (variant == "par", rings, iterations)
     if _dispatch.calls_directly(maps):
-        out = _pixel_adaptive_cpu(image, maps, *arguments)
+        out = (_pixel_adaptive_cuda if maps.is_cuda else _pixel_adaptive_cpu)(image, maps, *arguments)
     else:
         out = torch.ops.wsss_kernels.pixel_adaptive(image.detach(), maps, *arguments)
     return out.to(dtype)
@@ -132,6 +134,20 @@ def _pixel_adaptive_backward_cpu(
     return _dispatch.as_output(out, grad.dtype)
 
 
+def _pixel_adaptive_cuda(image: Tensor, maps: Tensor, par: bool, dilations: list[int], iterations: int) -> Tensor:
+    from wsss_kernels.triton.pixel_adaptive import pixel_adaptive
+
+    return pixel_adaptive(image, maps, par, dilations, iterations)
+
+
+def _pixel_adaptive_backward_cuda(
+    grad: Tensor, image: Tensor, par: bool, dilations: list[int], iterations: int
+) -> Tensor:
+    from wsss_kernels.triton.pixel_adaptive import pixel_adaptive_backward
+
+    return pixel_adaptive_backward(grad, image, par, dilations, iterations)
+
+
 def _pixel_adaptive_fake(image: Tensor, maps: Tensor, par: bool, dilations: list[int], iterations: int) -> Tensor:
     return torch.empty_like(maps, memory_format=torch.contiguous_format)
 
@@ -154,6 +170,8 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 _dispatch.LIBRARY.impl("pixel_adaptive", _pixel_adaptive_cpu, "CPU")
 _dispatch.LIBRARY.impl("pixel_adaptive_backward", _pixel_adaptive_backward_cpu, "CPU")
+_dispatch.LIBRARY.impl("pixel_adaptive", _pixel_adaptive_cuda, "CUDA")
+_dispatch.LIBRARY.impl("pixel_adaptive_backward", _pixel_adaptive_backward_cuda, "CUDA")
 torch.library.register_fake("wsss_kernels::pixel_adaptive", _pixel_adaptive_fake, lib=_dispatch.LIBRARY)
 torch.library.register_fake(
     "wsss_kernels::pixel_adaptive_backward", _pixel_adaptive_backward_fake, lib=_dispatch.LIBRARY
@@ -162,4 +180,3 @@ torch.library.register_autograd(
     "wsss_kernels::pixel_adaptive", _backward, setup_context=_setup_context, lib=_dispatch.LIBRARY
 )
 _dispatch.refuse_second_derivative("pixel_adaptive")
-_dispatch.NO_GPU_KERNEL.update(("pixel_adaptive", "pixel_adaptive_backward"))

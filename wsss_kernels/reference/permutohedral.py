@@ -41,8 +41,10 @@ class Lattice:
 
 def spatial_features(height: int, width: int, sigmas: tuple[float, float], device: torch.device) -> Tensor:
     """[H W, 2]: (x, y), each divided by its sigma."""
-    x = torch.arange(width, dtype=torch.float32, device=device) / sigmas[0]
-    y = torch.arange(height, dtype=torch.float32, device=device) / sigmas[1]
+    # Divisors of the device: by one of the host's torch multiplies with the rounded reciprocal on a GPU.
+    by_x, by_y = (torch.full((), sigma, dtype=torch.float32, device=device) for sigma in sigmas)
+    x = torch.arange(width, dtype=torch.float32, device=device) / by_x
+    y = torch.arange(height, dtype=torch.float32, device=device) / by_y
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1).flatten(0, 1)
 
 

@@ -30,7 +30,7 @@ def pixel_adaptive(
     for _ in range(iterations):
         views = _neighbours(out, dilations)
         out = sum((w.unsqueeze(1) * view for w, view in zip(weights.unbind(1), views, strict=True)), out.new_zeros(()))
-    return out.to(maps.dtype)
+    return out.to(maps.dtype, copy=iterations == 0).contiguous()
 
 
 def _neighbours(x: Tensor, dilations: Sequence[int]) -> list[Tensor]:

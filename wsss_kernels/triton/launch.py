@@ -18,6 +18,7 @@ class Configuration:
 
     threads: int
     blocks: dict[str, int]
+    registers: int | None = None  # a thread's at most; NVIDIA's assembler else spills some for the sake of occupancy
 
 
 # Registers hold ROWS x BAND sums a thread, so that a loaded row serves BAND pairs; channels lie side by side in a
@@ -43,8 +44,13 @@ PATHS = Configuration(128, {"PIXELS": 256})
 PATH_GRADIENT = Configuration(128, {"PIXELS": 128})
 WALK_GRADIENT = Configuration(128, {"LINKS": 8, "PIXELS": 64})
 REGIONS = Configuration(256, {"BLOCK": 1024})  # one program a map: as many threads as its barriers allow
-VOTE_SEGMENTS = Configuration(128, {"CHANNELS": 4, "BLOCK": 128})
+VOTE_SEGMENTS = Configuration(128, {"CHANNELS": 4, "BLOCK": 256})
 VOTE_MASKS = Configuration(128, {"CHANNELS": 4, "BLOCK": 256})
+
+ADAPTIVE_WEIGHTS = Configuration(128, {"PIXELS": 128})
+# Channels share the weights of a pixel.
+ADAPTIVE = {maps: Configuration(128, {"CHANNELS": maps, "PIXELS": 128}) for maps in (1, 4)}
+ADAPTIVE_GRADIENT = {maps: Configuration(128, {"CHANNELS": maps, "PIXELS": 128}, registers=128) for maps in (1, 4)}
 
 # Fewer programs than this, a few for each multiprocessor, leave the large blocks' machine partly idle.
 _FEW_PROGRAMS = 512
@@ -61,6 +67,10 @@ def walk(batch: int, channels: int, plane: int) -> Configuration:
     return WALK[maps, True] if programs < _FEW_PROGRAMS else large
 
 
+def adaptive(channels: int, *, gradient: bool) -> Configuration:
+    return (ADAPTIVE_GRADIENT if gradient else ADAPTIVE)[1 if channels == 1 else 4]
+
+
 def kernel(function):
     """triton.jit without variants for special values of an argument: each configuration is one program."""
     arguments = inspect.signature(function).parameters.values()
@@ -71,12 +81,20 @@ def kernel(function):
 def launch(function, programs: int, configuration: Configuration, *arguments: Any, **constants: Any) -> None:
     """On the current device and stream."""
     if programs > 0:
-        function[(programs,)](
-            *arguments, **configuration.blocks, **constants, num_warps=_warps(configuration.threads), num_stages=1
+        options = compiler_options(
+            configuration.threads, configuration.registers, _warp_size(), hip=torch.version.hip is not None
         )
+        function[(programs,)](*arguments, **configuration.blocks, **constants, **options)
 
 
-def _warps(threads: int) -> int:
+def compiler_options(threads: int, registers: int | None, warp_size: int, *, hip: bool) -> dict[str, int]:
+    options = {"num_warps": max(1, threads // warp_size), "num_stages": 1}
+    if registers is not None and not hip:
+        options["maxnreg"] = registers
+    return options
+
+
+def _warp_size() -> int:
     if torch.version.hip is None:
-        return threads // 32
-    return max(1, threads // triton.runtime.driver.active.get_current_target().warp_size)
+        return 32
+    return int(triton.runtime.driver.active.get_current_target().warp_size)

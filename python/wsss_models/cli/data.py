@@ -11,7 +11,8 @@ from wsss_models.cli.main import DONE, SOME_FAILED, UsageError
 from wsss_models.cli.progress import Progress
 from wsss_models.data.artefacts import shown
 from wsss_models.data.check import Findings, look_over
-from wsss_models.data.dataset import list_splits, open_dataset
+from wsss_models.data.dataset import layout_of, list_splits, open_dataset
+from wsss_models.data.labelled_folder import LabelledFolder
 from wsss_models.data.pictures import PictureSet
 from wsss_models.data.synth import Settings, write_set
 
@@ -101,7 +102,7 @@ def _sets(arguments: argparse.Namespace, known: list[str]) -> list[PictureSet]:
 
     if arguments.split is not None:
         return [opened(arguments.split)]
-    if len(known) > 1 and (arguments.data / "annotations").is_dir() and not (arguments.data / "JPEGImages").is_dir():
+    if layout_of(arguments.data, arguments.labels) == "coco":
         return [opened(split) for split in known]
     return [opened(None)]
 
@@ -123,6 +124,12 @@ def _split_lines(arguments: argparse.Namespace, known: list[str], base: PictureS
     lines = [f"splits     {', '.join(sizes) or 'none'}"]
     if "train" in ids and "val" in ids and ids["train"] & ids["val"]:
         lines.append(f"           {len(ids['train'] & ids['val'])} pictures are in both train and val")
+    if isinstance(base, LabelledFolder):
+        unlisted = [name for name in base.unlisted() if not name.startswith(f"{base.mask_folder.name}/")]
+        if unlisted:
+            lines.append(
+                f"           {len(unlisted)} pictures have no line in the table, such as {shown(unlisted[0])!r}"
+            )
     return lines, problems
 
 
@@ -148,8 +155,8 @@ def _lines(pictures: PictureSet, found: Findings) -> Iterator[str]:
     width = max(12, *(len(shown(name)) for name in pictures.classes))
     yield f"  id {'class':<{width}} pictures    masks  pixels %"
     for c, name in enumerate(pictures.classes, start=1):
-        share = f"{100 * found.mask_pixels[c] / known:9.2f}" if known else "        -"
-        yield f" {c:>3} {shown(name):<{width}} {found.labels[c]:>8} {found.mask_pictures[c]:>8} {share}"
+        pixels = f"{100 * found.mask_pixels[c] / known:9.2f}" if known else "        -"
+        yield f" {c:>3} {shown(name):<{width}} {found.labels[c]:>8} {found.mask_pictures[c]:>8} {pixels}"
     unused = [name for c, name in enumerate(pictures.classes, start=1) if not found.labels[c]]
     if unused and found.labelled:
         yield f"           {len(unused)} classes are in no label: {', '.join(map(shown, unused[:8]))}"

@@ -7,6 +7,7 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +28,7 @@ BRUSH = 10  # pixels, width of a stroke
 STRIDE = 16  # pixels a cell of the seeds: the resolution of a classifier's CAM
 BLUR = 1.0  # cells, standard deviation of the blur: how far a CAM is smeared
 POINT = 1 / 40  # standard deviation of a clicked point's seed, as a share of the picture's long side
+OTHERS = (("par",), ("pamr",), ("crf",), ("image", "par"))  # methods shown beside the walk, as labels
 COLUMNS = ("photograph", "seed", "refined map", "label")
 COLOUR = (0, 230, 140)
 REPEATS = 5
@@ -40,6 +42,7 @@ class Result:
     row: Row
     refine_seconds: float
     label_seconds: float
+    other_seconds: list[float]  # of OTHERS
     labelled: float  # share of the picture
 
 
@@ -79,16 +82,23 @@ def _photographs(compare: bool) -> Image.Image:
     print(f"Times: the shortest of {REPEATS}, {torch.get_num_threads()} threads.")
     print()
     print(f"{'object':<24}{'photograph':>12}{'strokes':>16}{'refine':>11}{'label':>10}")
-    rows = []
+    rows, seconds = [], []
     for scene in SCENES:
         photograph = _rgb(getattr(data, scene.photograph)())
         drawn = draw_strokes(scene.strokes, photograph.shape[:2])
         result = _refine(photograph, stroke_seed(drawn), scene)
         rows.append(result.row)
+        seconds.append(result.other_seconds)
         share = 100 * float(drawn.mean()) / max(result.labelled, 1e-9)
         height, width = photograph.shape[:2]
         print(f"{scene.thing:<24}{f'{width} x {height}':>12}{f'{share:.1f} % of label':>16}"
               f"{1e3 * result.refine_seconds:>8.1f} ms{1e3 * result.label_seconds:>7.1f} ms", flush=True)  # fmt: skip
+    names = (" + ".join(method) for method in OTHERS)
+    means = (
+        f"{name} {1e3 * sum(all_of) / len(all_of):.0f} ms"
+        for name, all_of in zip(names, zip(*seconds, strict=True), strict=True)
+    )
+    print(f"\nThe other methods on the picture, from the same seeds, on average: {', '.join(means)}.")
     print("\nPhotographs, bundled with scikit-image:")
     for name, credit in CREDITS.items():
         print(f"  {name}: {credit}")
@@ -99,7 +109,7 @@ def _photographs(compare: bool) -> Image.Image:
         line = _against_dense(_rgb(data.coffee()))
         print(f"\n{line}")
         footer.append(line)
-    return sheet("From weak seeds to labels, without training", COLUMNS, rows, footer)
+    return sheet("From weak seeds to labels, without training", _columns(), rows, footer)
 
 
 def _clicks(path: Path, points: Sequence[tuple[float, float]]) -> Image.Image:
@@ -114,27 +124,37 @@ def _clicks(path: Path, points: Sequence[tuple[float, float]]) -> Image.Image:
     sigma = POINT * max(height, width)
     print(f"{shown(path)}: {width} x {height}; seed: a Gaussian of {sigma:.1f} pixels at each point; "
           f"refined in {1e3 * result.refine_seconds:.1f} ms, {100 * result.labelled:.1f} % labelled")  # fmt: skip
-    return sheet("From a click to a label", COLUMNS, [result.row])
+    return sheet("From a click to a label", _columns(), [result.row])
+
+
+def _columns() -> list[str]:
+    return [*COLUMNS, *(f"label by {' + '.join(method)}" for method in OTHERS)]
 
 
 def _refine(photograph: np.ndarray, seed: Tensor, scene: Scene) -> Result:
     picture = torch.from_numpy(photograph).permute(2, 0, 1)
     maps, refine_seconds = _timed(lambda: _refined(seed, picture))
     label, label_seconds = _timed(lambda: torch.as_tensor(wk.labels_from_maps(maps)))
+    others = [_timed(partial(_refined, seed, picture, method), repeats=1) for method in OTHERS]
     size = photograph.shape[:2]
     coarse = F.interpolate(seed[None], size, mode="bilinear", align_corners=False)[0]
     panels = (
         photograph,
         overlay_maps(photograph, coarse.numpy(), [COLOUR]),
         overlay_maps(photograph, maps.numpy(), [COLOUR]),
-        overlay_label(photograph, label.numpy(), [COLOUR]),
+        *(
+            overlay_label(photograph, labels.numpy(), [COLOUR])
+            for labels in (label, *(torch.as_tensor(wk.labels_from_maps(other)) for other, _ in others))
+        ),
     )
     row = Row(scene.thing, scene.note, panels)
-    return Result(row, refine_seconds, label_seconds, float((label > 0).float().mean()))
+    return Result(
+        row, refine_seconds, label_seconds, [seconds for _, seconds in others], float((label > 0).float().mean())
+    )
 
 
-def _refined(seed: Tensor, picture: Tensor) -> Tensor:
-    maps = wk.refine_cams(seed, picture, method="image", size="feats")
+def _refined(seed: Tensor, picture: Tensor, method: str | tuple[str, ...] = "image") -> Tensor:
+    maps = wk.refine_cams(seed, picture, method=method, size="feats")
     assert isinstance(maps, Tensor)
     return maps
 

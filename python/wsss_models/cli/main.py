@@ -20,6 +20,7 @@ COMMANDS = {
     "spread": "label pictures from maps that a trained AffinityNet or IRNet spreads over the objects",
     "import": "CAMs that the published code pickled, to plain arrays, without running what is in them",
     "refine": "refine a folder of class activation maps to label pictures",
+    "labels": "turn a folder of maps, coarse or refined, into label pictures, unsure pixels left out where wanted",
 }
 _MODULES = {"import": "import_cams"}  # where the command's name cannot be a module's
 _EXTRAS = {"PIL": "cli", "tqdm": "cli", "skimage": "demo", "lightning_fabric": "train"}

@@ -22,6 +22,7 @@ from wsss_models.cli.main import DONE, SOME_FAILED, UsageError
 from wsss_models.cli.progress import Progress
 from wsss_models.data import files
 from wsss_models.data.artefacts import npz_settings, png_settings, remove_stale, shown
+from wsss_models.data.companions import FEATURE_SUFFIXES, SEGMENT_SUFFIXES
 from wsss_models.data.folder import inside, list_files, parse_shard, read_ids, shard
 
 A = TypeVar("A")
@@ -38,6 +39,7 @@ class Job:
     picture: Path
     cams: Path
     feats: Path | None
+    segments: Path | None
     label: Path
     maps: Path | None
     settings: str
@@ -192,6 +194,7 @@ def find_job(
     maps_root: Path | None,
     settings_text: Callable[[list[str]], str],
     feats_root: Path | None = None,
+    segments_root: Path | None = None,
 ) -> Job:
     """The files of an id, its pictures being `found`.
 
@@ -204,14 +207,20 @@ def find_job(
         raise ValueError(many if found else f"no picture of this name in {shown(arguments.images)}")
     picture = inside(arguments.images, name, found[0].suffix)
     cams = inside(arguments.cams, name, ".npz")
-    feats = None
-    if feats_root is not None:
-        feats = inside(feats_root, name, ".npy")
-        feats = feats if feats.exists() else inside(feats_root, name, ".npz")
+    feats = _first_there(feats_root, name, FEATURE_SUFFIXES)
+    segments = _first_there(segments_root, name, SEGMENT_SUFFIXES)
     label = inside(arguments.out, name, ".png")
     maps = None if maps_root is None else inside(maps_root, name, ".npz")
-    inputs = [files.fingerprint(path) for path in (picture, cams, feats) if path is not None]
-    return Job(name, picture, cams, feats, label, maps, settings_text(inputs))
+    inputs = [files.fingerprint(path) for path in (picture, cams, feats, segments) if path is not None]
+    return Job(name, picture, cams, feats, segments, label, maps, settings_text(inputs))
+
+
+def _first_there(root: Path | None, name: str, suffixes: tuple[str, ...]) -> Path | None:
+    """The file of a picture in a folder, whatever its suffix; the last one where there is none."""
+    if root is None:
+        return None
+    paths = [inside(root, name, suffix) for suffix in suffixes]
+    return next((path for path in paths if path.exists()), paths[-1])
 
 
 def left_to_do(names: list[str], find: Callable[[str], Job], failed: Failures, tally: Tally) -> Iterator[Job]:

@@ -18,7 +18,7 @@ import wsss_kernels as wk
 from wsss_models.cli import pictures
 from wsss_models.cli.main import UsageError
 from wsss_models.cli.pictures import Failures, Job, Tally, Work
-from wsss_models.cli.refine_jobs import Item, Refined, Settings, read, refine_together, write
+from wsss_models.cli.refine_jobs import FEATURE_METHODS, Item, Refined, Settings, read, refine_together, write
 from wsss_models.cli.refine_sheet import ROWS, write_sheet
 from wsss_models.data.artefacts import shown
 
@@ -45,7 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--feats",
         type=Path,
         metavar="DIR",
-        help='one .npy or .npz a picture, [D, h, w], any network: method "affinity" with the picture as guide',
+        help="one .npy or .npz a picture, what the first method takes: affinity: features [D, h, w] of any network "
+        "(the picture guides); boundary: probabilities [h, w]; attention: [n, n] or [heads, n, n] between patch tokens",
+    )
+    add(
+        "--segments",
+        type=Path,
+        metavar="DIR",
+        help="for vote: one .png or .npy [H, W] of superpixels, or masks [m, H, W]",
     )
     add(
         "--maps",
@@ -84,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     chains = _compared(arguments, settings)
     maps_root = arguments.out if arguments.maps == Path() else arguments.maps
     outputs = {root for root in (arguments.out, maps_root) if root is not None}
-    pictures.check_folders(arguments, ("images", "cams", "feats"), outputs)
+    pictures.check_folders(arguments, ("images", "cams", "feats", "segments"), outputs)
     names, found = pictures.chosen_names(arguments)
     pictures.make_folders(outputs)
     print(_announcement(settings, len(names), device), flush=True)
@@ -95,7 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
         workers = 1  # a picture at a time, all threads at its tiles
 
     def find(name: str) -> Job:
-        return pictures.find_job(name, found.get(name, []), arguments, maps_root, settings.text, arguments.feats)
+        roots = (arguments.feats, arguments.segments)
+        return pictures.find_job(name, found.get(name, []), arguments, maps_root, settings.text, *roots)
 
     def start(pool: ThreadPoolExecutor, failed: Failures, tally: Tally) -> Iterator[Work]:
         jobs = pictures.left_to_do(names, find, failed, tally)
@@ -127,15 +135,20 @@ def _settings(arguments: argparse.Namespace) -> Settings:
     method = _chain(arguments.method)
     if arguments.feats is None:  # the affinity of the picture's own colours
         method = tuple("image" if word == "affinity" else word for word in method)
-    elif method[0] != "affinity":
+    elif method[0] not in FEATURE_METHODS:
         raise UsageError(
-            f'--feats is for the method "affinity", which must come first, got --method {arguments.method}'
+            f"--feats is for a method that comes first, one of {', '.join(FEATURE_METHODS)}, "
+            f"got --method {arguments.method}"
         )
-    _check_chain(tuple("image" if word == "affinity" else word for word in method))
-    if "affinity" in method[1:]:
-        raise UsageError(
-            f'method "affinity" takes the features, so it must come first, got --method {arguments.method}'
-        )
+    from_picture = method if arguments.feats is None else method[1:]
+    for word in FEATURE_METHODS:
+        if word in from_picture:
+            why = "so give --feats" if arguments.feats is None else "so it must come first"
+            raise UsageError(f'method "{word}" takes features, {why}, got --method {arguments.method}')
+    if from_picture:
+        _check_chain(from_picture)
+    if ("vote" in method) != (arguments.segments is not None):
+        raise UsageError(f'--segments and the method "vote" need each other, got --method {arguments.method}')
     background = pictures.threshold("--background", arguments.background)
     size = arguments.size
     if size not in ("image", "cams"):
@@ -151,6 +164,8 @@ def _settings(arguments: argparse.Namespace) -> Settings:
             raise UsageError(f"--overlap must be in 0..{tile // 2}, half of --tile, got {overlap}")
         if arguments.feats is not None:
             raise UsageError("--tile cuts the picture; with --feats it is refined whole, on the features' own grid")
+        if arguments.segments is not None:
+            raise UsageError("--tile cuts the picture, and would cut its --segments: refine it whole")
         if size != "image":
             raise UsageError(f"--tile writes labels of the picture's size, got --size {arguments.size}")
     return Settings(method, arguments.feats is not None, background, size, tile, overlap if tile is not None else 0)
@@ -162,8 +177,9 @@ def _chain(text: str) -> tuple[str, ...]:
 
 def _check_chain(chain: tuple[str, ...]) -> None:
     """On a picture of a few pixels: the engine itself says what it takes."""
+    options = {"segments": torch.zeros(4, 4, dtype=torch.int64)} if "vote" in chain else {}
     try:
-        wk.refine_cams(torch.ones(1, 4, 4), torch.full((3, 4, 4), 9, dtype=torch.uint8), method=chain)
+        wk.refine_cams(torch.ones(1, 4, 4), torch.full((3, 4, 4), 9, dtype=torch.uint8), method=chain, **options)
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
 
@@ -180,13 +196,15 @@ def _compared(arguments: argparse.Namespace, settings: Settings) -> list[tuple[s
     chains = [tuple("image" if word == "affinity" else word for word in chain) for chain in chains]
     for chain in chains:
         _check_chain(chain)
+        if "vote" in chain and arguments.segments is None:
+            raise UsageError(f'the method "vote" needs --segments, got --compare {",".join(chain)}')
     return [chain for chain in chains or COMPARED if settings.uses_features or chain != settings.method]
 
 
 def _announcement(settings: Settings, count: int, device: torch.device) -> str:
     why = "on the pictures' own colours, no --feats given"
     if settings.uses_features:
-        why = "--feats given; the picture is the guide"
+        why = "--feats given" + ("; the picture is the guide" if settings.method[0] == "affinity" else "")
     return f"{count} pictures, method {', then '.join(settings.method)} ({why}), on {device}"
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import wsss_kernels as wk
 from wsss_kernels.colour import average_to, grid_size
 from wsss_models.cli.pictures import Job
-from wsss_models.data import files
+from wsss_models.data import companions, files
 from wsss_models.data.bands import as_rgb
 from wsss_models.tiles import refine_tiles
 
@@ -57,10 +57,19 @@ class Item:
     picture: Tensor  # [3, H, W] uint8
     class_ids: np.ndarray  # [k] int64
     cams: Tensor  # [k, h, w] float32
-    feats: Tensor | None  # [D, h', w'] float32
+    feats: Tensor | None  # float32, what the first method takes: [D, h', w'] features, [1, h', w'], [n, n] attention
+    segments: Tensor | None  # [H', W'] int64 or [m, H', W'] bool
     bands: np.ndarray | None  # [H, W, bands] where there are more than three: the walk on colours takes them all
     negative: bool  # scores below 0 were there, and are 0 now
 
+
+# What --feats holds by the first method. The methods that take the picture need none.
+_READ = {
+    "affinity": files.read_features,
+    "boundary": companions.read_boundary,
+    "attention": companions.read_attention,
+}
+FEATURE_METHODS = tuple(_READ)
 
 Refined = tuple[Job, np.ndarray, np.ndarray, np.ndarray]  # label [H, W] uint8, maps [k, H, W] float, class_ids [k]
 
@@ -68,7 +77,8 @@ Refined = tuple[Job, np.ndarray, np.ndarray, np.ndarray]  # label [H, W] uint8, 
 def read(job: Job, num_classes: int, settings: Settings) -> Item:
     max_pixels = files.MAX_PIXELS if settings.tile is None else _MAX_TILED_PIXELS
     class_ids, cams = files.read_maps(job.cams, num_classes=num_classes)
-    feats = None if job.feats is None else torch.from_numpy(files.read_features(job.feats))
+    feats = None if job.feats is None else torch.from_numpy(_READ[settings.method[0]](job.feats))
+    segments = None if job.segments is None else torch.from_numpy(companions.read_segments(job.segments))
     bands = None
     if job.picture.suffix.lower() == ".npy":
         bands = files.read_bands(job.picture, max_pixels=max_pixels)
@@ -77,7 +87,7 @@ def read(job: Job, num_classes: int, settings: Settings) -> Item:
         picture = files.read_picture(job.picture, max_pixels=max_pixels)
     negative = bool((cams < 0).any())
     upright = torch.from_numpy(picture).permute(2, 0, 1)
-    return Item(job, upright, class_ids, torch.from_numpy(cams.clip(0)), feats, bands, negative)
+    return Item(job, upright, class_ids, torch.from_numpy(cams.clip(0)), feats, segments, bands, negative)
 
 
 @torch.inference_mode()
@@ -107,7 +117,8 @@ def _refine_whole(items: list[Item], settings: Settings, device: torch.device) -
         feats = [item.feats.to(device) for item in items if item.feats is not None]
     elif _walks_on_bands(items[0], settings):
         feats = [band_features(item.bands).to(device) for item in items if item.bands is not None]
-    maps = refine_maps(cams, pictures, feats, settings)
+    segments = [item.segments.to(device) for item in items if item.segments is not None]
+    maps = refine_maps(cams, pictures, feats, settings, segments=segments)
     ids = [item.class_ids.tolist() for item in items]
     labels = wk.labels_from_maps(maps, background=settings.background, class_ids=ids)
     return {
@@ -117,17 +128,30 @@ def _refine_whole(items: list[Item], settings: Settings, device: torch.device) -
 
 
 def refine_maps(
-    cams: list[Tensor], pictures: list[Tensor], feats: list[Tensor] | None, settings: Settings, **options: Any
+    cams: list[Tensor],
+    pictures: list[Tensor],
+    feats: list[Tensor] | None,
+    settings: Settings,
+    *,
+    segments: list[Tensor] | None = None,
+    **options: Any,
 ) -> list[Tensor]:
-    """The methods in turn: the first on the features, if any, with the picture as guide; the rest on the picture."""
+    """The methods in turn: the first on the features, if any, the picture guiding the walk; the rest on the picture."""
     size = {"image": "picture", "cams": None}[settings.size] if isinstance(settings.size, str) else settings.size
     maps, rest = cams, settings.method
     if feats is not None:
         first, rest = settings.method[0] if settings.uses_features else "affinity", settings.method[1:]
-        own = "guide" if size == "picture" or rest else size
-        guide = pictures if first == "affinity" or own == "guide" else None
-        maps = _list(wk.refine_cams(maps, feats, method=first, guide=guide, size=own, **options))
+        of_picture = size == "picture" or bool(rest)
+        if first == "affinity":
+            own = "guide" if of_picture else size
+            maps = _list(wk.refine_cams(maps, feats, method=first, guide=pictures, size=own, **options))
+        else:  # a guide would walk once more on colours
+            sizes = [p.shape[-2:] if of_picture else size for p in pictures]
+            each = zip(maps, feats, sizes, strict=True)
+            maps = [wk.refine_cams(m, f, method=first, size=to, **options) for m, f, to in each]
     if rest:
+        if "vote" in rest:
+            options["segments"] = segments
         own = "feats" if size == "picture" or feats is not None else size
         maps = _list(wk.refine_cams(maps, pictures, method=rest, size=own, **options))
         if feats is not None and size != "picture":

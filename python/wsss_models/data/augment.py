@@ -143,7 +143,7 @@ def colour_jitter(
         elif hue:
             hsv = np.array(picture.convert("HSV"))
             hsv[..., 0] += np.uint8(int(turn * 255) % 256)  # wraps round, as hues do
-            picture = Image.fromarray(hsv, "HSV").convert("RGB")
+            picture = Image.frombytes("HSV", picture.size, hsv.tobytes()).convert("RGB")
     return np.array(picture)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from wsss_models.data.artefacts import FileError, shown
 from wsss_models.data.coco_masks import paint
+from wsss_models.data.files import MAX_PIXELS
 from wsss_models.data.folder import check_id, inside
 from wsss_models.data.pictures import PictureSet, read_set_mask
 
@@ -30,14 +31,13 @@ class CocoSet(PictureSet):
         content = _read(self._json)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self._class_of = {category["id"]: c + 1 for c, category in enumerate(categories)}
-        images = sorted(content["images"], key=lambda image: image["id"])
-        self._images = [_Image(self._json, image) for image in images]
+        self._images = sorted((_Image(self._json, i) for i in content["images"]), key=lambda image: image.number)
         super().__init__(
             root, split, [str(category["name"]) for category in categories], [i.name for i in self._images]
         )
         number = {image.number: i for i, image in enumerate(self._images)}
-        if len(number) < len(self._images):
-            raise FileError(self._json, "each picture must have a number of its own, got one twice")
+        if len(number) < len(self._images) or len(set(self.ids)) < len(self._images):
+            raise FileError(self._json, "each picture must have an id and a file_name of its own, got one twice")
         present: list[set[int]] = [set() for _ in self._images]
         for annotation in content["annotations"]:
             present[_picture(self._json, number, annotation)].add(_category(self._json, self._class_of, annotation))
@@ -83,7 +83,9 @@ class _Image:
             self.number, self.file = int(image["id"]), str(image["file_name"])
             self.height, self.width = int(image["height"]), int(image["width"])
             self.name = check_id(self.file.rpartition(".")[0] or self.file)
-        except (KeyError, TypeError, ValueError) as error:
+            if not (self.height > 0 < self.width and self.height * self.width <= MAX_PIXELS):
+                raise ValueError(f"{self.height} x {self.width} must be 1..{MAX_PIXELS} pixels")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise FileError(path, f"image {image!a:.80} must have id, file_name, height and width ({error})") from None
 
 
@@ -113,14 +115,15 @@ def _read(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise FileError(path, f"must hold the lists images, annotations and categories, got no {key}")
     for category in content["categories"]:
-        if not isinstance(category, dict) or not isinstance(category.get("id"), int) or "name" not in category:
+        sound = isinstance(category, dict) and isinstance(category.get("id"), int)
+        if not sound or not isinstance(category.get("name"), str):
             raise FileError(path, f"category must have an id and a name, got {category!a:.80}")
     return content
 
 
 def _picture(path: Path, number: dict[int, int], annotation: dict[str, Any]) -> int:
     image_id = annotation.get("image_id") if isinstance(annotation, dict) else None
-    if image_id not in number:
+    if not isinstance(image_id, int) or image_id not in number:
         raise FileError(
             path, f"annotation {_name(annotation)}: image_id must be that of a picture, got {image_id!a:.40}"
         )
@@ -129,7 +132,7 @@ def _picture(path: Path, number: dict[int, int], annotation: dict[str, Any]) -> 
 
 def _category(path: Path, class_of: dict[int, int], annotation: dict[str, Any]) -> int:
     category = annotation.get("category_id")
-    if category not in class_of:
+    if not isinstance(category, int) or category not in class_of:
         raise FileError(path, f"annotation {_name(annotation)}: unknown category_id {category!a:.40}")
     return class_of[category]
 

@@ -17,12 +17,14 @@ def paint(path: Path, instances: list[dict[str, Any]], class_of: dict[int, int],
         FileError: an outline that is neither polygons nor run lengths of this size; `path` is the json's.
     """
     mask = np.zeros((height, width), dtype=np.uint8)
-    for instance in sorted(instances, key=lambda one: (not one.get("iscrowd", 0), -float(one.get("area", 0)))):
-        try:
-            inside = outline_mask(instance["segmentation"], height, width)
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            raise FileError(path, f"annotation {instance.get('id')}: segmentation cannot be used ({error})") from None
-        mask[inside] = class_of[instance["category_id"]]
+    at: Any = None
+    try:
+        for instance in sorted(instances, key=lambda one: (not one.get("iscrowd"), -float(one.get("area", 0)))):
+            at = instance.get("id")
+            mask[outline_mask(instance["segmentation"], height, width)] = class_of[instance["category_id"]]
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        name = "of the picture" if at is None else at
+        raise FileError(path, f"annotation {name!a:.40}: segmentation cannot be used ({error})") from None
     return mask
 
 

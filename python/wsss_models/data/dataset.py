@@ -52,7 +52,7 @@ def open_dataset(
         ((375, 500, 3), (20,))
     """
     root = Path(path)
-    kind = _kind(root, labels)
+    kind = layout_of(root, labels)
     if kind == "voc":
         return VocSet(root, split, classes=classes, labels=labels, masks=masks)
     if kind == "folder":
@@ -69,7 +69,7 @@ def list_splits(path: Path | str, *, labels: Path | str | None = None) -> list[s
         FileError: no such folder, no known layout.
     """
     root = Path(path)
-    kind = _kind(root, labels)
+    kind = layout_of(root, labels)
     if kind == "voc":
         return voc.splits(root)
     if kind == "coco":
@@ -77,7 +77,12 @@ def list_splits(path: Path | str, *, labels: Path | str | None = None) -> list[s
     return labelled_folder.splits(root, read_labels(root / TABLE if labels in (None, "masks") else Path(str(labels))))
 
 
-def _kind(root: Path, labels: Path | str | None) -> str:
+def layout_of(root: Path, labels: Path | str | None = None) -> str:
+    """ "voc", "coco" or "folder".
+
+    Raises:
+        FileError: no such folder, no known layout.
+    """
     if not root.is_dir():
         raise FileError(root, "no such folder" if not root.exists() else "not a folder")
     if (root / "JPEGImages").is_dir():

@@ -132,7 +132,7 @@ def read_maps(path: Path | str, *, num_classes: int = MAX_CLASS_ID) -> tuple[np.
         raise FileError(path, f"cams must be [k, h, w] with k = {len(class_ids)} class_ids, got shape {cams.shape}")
     if not len(class_ids):
         cams = np.zeros((0, *(cams.shape[1:] if cams.ndim == 3 else (0, 0))))
-    return class_ids.astype(np.int64), _finite_float32(path, "cams", cams)
+    return class_ids.astype(np.int64), finite_float32(path, "cams", cams)
 
 
 def read_features(path: Path | str) -> np.ndarray:
@@ -148,19 +148,27 @@ def read_features(path: Path | str) -> np.ndarray:
         FileError: missing, damaged, or outside this contract.
     """
     path = Path(path)
-    if path.suffix == ".npy":
-        feats = _from_npy(path, "feats", _read_bytes(path))
-    else:
-        arrays = _read_npz(path)
-        name = "feats" if "feats" in arrays else next(iter(arrays), "feats")
-        if name not in arrays or (name != "feats" and len(arrays) > 1):
-            raise FileError(path, f"the npz must hold feats, or one array only, got {', '.join(arrays) or 'nothing'}")
-        feats = _array(path, name, arrays)
+    feats = read_array(path, "feats")
     if feats.ndim == 4 and feats.shape[0] == 1:
         feats = feats[0]
     if feats.ndim != 3 or 0 in feats.shape:
         raise FileError(path, f"features must be [D, h, w], got shape {feats.shape}")
-    return _finite_float32(path, "features", feats)
+    return finite_float32(path, "features", feats)
+
+
+def read_array(path: Path, name: str) -> np.ndarray:
+    """The array of a .npy, or of a .npz the one called `name` or the only one.
+
+    Raises:
+        FileError: missing, damaged, a pickle, or several arrays of other names.
+    """
+    if path.suffix == ".npy":
+        return _from_npy(path, name, _read_bytes(path))
+    arrays = _read_npz(path)
+    member = name if name in arrays else next(iter(arrays), name)
+    if member not in arrays or (member != name and len(arrays) > 1):
+        raise FileError(path, f"the npz must hold {name}, or one array only, got {', '.join(arrays) or 'nothing'}")
+    return _array(path, member, arrays)
 
 
 def write_label(path: Path | str, label: np.ndarray, *, settings: str = "") -> None:
@@ -320,7 +328,7 @@ def _check_class_ids(path: Path | str, class_ids: np.ndarray, num_classes: int) 
         raise FileError(path, f"class_ids must name each class once, got {ids[counts > 1][0]} twice")
 
 
-def _finite_float32(path: Path, name: str, values: np.ndarray) -> np.ndarray:
+def finite_float32(path: Path, name: str, values: np.ndarray) -> np.ndarray:
     if values.dtype.kind not in "fiu":
         raise FileError(path, f"{name} must be floating point, got {values.dtype}")
     values = np.ascontiguousarray(values, dtype=np.float32)

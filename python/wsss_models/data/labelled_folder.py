@@ -9,7 +9,7 @@ import numpy as np
 
 from wsss_models.data.artefacts import FileError, shown
 from wsss_models.data.files import PICTURE_SUFFIXES
-from wsss_models.data.folder import inside
+from wsss_models.data.folder import inside, list_files
 from wsss_models.data.lists import CLASSES_FILE, read_classes, read_split
 from wsss_models.data.pictures import PictureSet, classes_in, read_set_mask
 from wsss_models.data.table import TABLE, Table, read_labels
@@ -60,6 +60,10 @@ class LabelledFolder(PictureSet):
 
     def has_mask(self, i: int) -> bool:
         return self.mask_path(i).exists()
+
+    def unlisted(self) -> list[str]:
+        """Ids of pictures in the folder that have no row in the table."""
+        return [name for name in list_files(self.image_folder, PICTURE_SUFFIXES) if name not in self._table.rows]
 
 
 def _classes(root: Path, table: Table) -> Sequence[str]:

@@ -92,7 +92,6 @@ class Scenes:
         self._grains = grain_bank(rng, side)
         turn = rng.random()
         self._colours = [_hue(turn + c / settings.classes) for c in range(settings.classes)]
-        self._patterns = rng.permutation(settings.classes)
 
     def __len__(self) -> int:
         return self.settings.images
@@ -215,7 +214,8 @@ class Scenes:
         share = self._window(rng, grain, (body.shape[0], body.shape[1]))[..., None] - np.float32(0.5)
         canvas[body] = (colour.astype(np.float32) + share * np.float32(rng.uniform(45, 80)))[body]
         first, second = self._colours[c], self._colours[c] * 0.25
-        on = PATTERNS[self._patterns[c] % len(PATTERNS)](u, v)[..., None]
+        # neighbours on the circle of hues differ in pattern
+        on = PATTERNS[(c + c // len(PATTERNS)) % len(PATTERNS)](u, v)[..., None]
         light = np.float32(rng.uniform(0.8, 1.1))
         canvas[part] = (np.where(on, first.astype(np.float32), second.astype(np.float32)) * light)[part]
 

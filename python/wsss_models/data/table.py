@@ -14,6 +14,7 @@ from wsss_models.data.lists import class_ids_of, read_text
 
 TABLE = "labels.csv"
 _FILE_HEADINGS = ("file", "filename", "image", "id")
+_LIST_HEADINGS = ("class", "classes", "label", "labels")
 _YES, _NO = ("1", "1.0", "true"), ("", "0", "0.0", "false")
 
 
@@ -61,9 +62,9 @@ def read_labels(path: Path | str) -> Table:
     A `.csv` file has one picture a row: its file (relative to the pictures' folder, suffix optional), then its classes,
     each in a cell of its own or several in one, separated by ";". A first row with `file` in its first cell is the
     heading; it may name a column `split` (train, val, ...). Where all other cells are 0 or 1 (or empty, true, false),
-    each column is a class of the heading's name. A file of any other suffix has one picture a line: the file and its
-    classes, separated by blanks, without heading. Classes are names or ids 1..C. A picture without any is one of
-    background alone.
+    each column is a class of the heading's name, unless that is `class` or `label`. A file of any other suffix has one
+    picture a line: the file and its classes, separated by blanks, without heading. Classes are names or ids 1..C. A
+    picture without any is one of background alone.
 
         file,split,classes               file,cat,dog
         street/01.jpg,train,car;person   01.jpg,1,0
@@ -119,10 +120,9 @@ def _columns(
     """Column -> class, where each class has one; {} where cells hold names."""
     places = [i for i in range(1, len(heading)) if i != split_at]
     marks = (words[i].lower() for _, words in cells for i in range(1, len(words)) if i != split_at)
-    if not places or not all(mark in _YES + _NO for mark in marks):
+    listed = all(heading[i].lower() in _LIST_HEADINGS for i in places)
+    if listed or not all(mark in _YES + _NO for mark in marks):
         return {}
-    if len(places) == 1 and all(len(words) <= places[0] or words[places[0]] != "0" for _, words in cells):
-        return {}  # `file,classes` where every picture has class id 1 or none
     for line, words in cells:
         if len(words) != len(heading):
             raise FileError(path, f"line {line}: must have {len(heading)} cells as the heading, got {len(words)}")

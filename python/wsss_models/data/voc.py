@@ -95,6 +95,8 @@ def object_names(path: Path) -> list[tuple[str, int]]:
         objects = ElementTree.fromstring(data).findall("object")
     except ElementTree.ParseError as error:
         raise FileError(path, f"line {error.position[0]}: no valid XML ({error})") from None
+    except (ValueError, LookupError) as error:  # the encoding it claims
+        raise FileError(path, f"no valid XML ({error})") from None
     names = []
     at = 0
     for number, item in enumerate(objects, start=1):
