@@ -150,12 +150,17 @@ def _run_crf(maps: Tensor, picture: Tensor, _: Size, o: dict[str, Any]) -> Tenso
     return dense_crf(picture, unary, iterations=o["iterations"], gaussian=o["gaussian"], bilateral=o["bilateral"])
 
 
+# Of the maximum, at least: on maps of blobs the threshold is low, and a weak background gives way to them everywhere.
+_LEAST_BACKGROUND = 0.15
+
+
 def _constant_background(maps: Tensor) -> Tensor:
     """[B, 1, h, w]: the image's own threshold between object and background, everywhere; 1 where nothing scores."""
     if maps.numel() == 0:
         return maps.new_ones(maps.shape[0], 1, *maps.shape[-2:])
     scores = (maps > 0).flatten(1).any(dim=1)
-    threshold = background_threshold(maps).to(maps.dtype).where(scores, maps.new_ones(()))
+    threshold = background_threshold(maps).to(maps.dtype).maximum(_LEAST_BACKGROUND * maps.flatten(1).amax(dim=1))
+    threshold = threshold.where(scores, maps.new_ones(()))
     return threshold[:, None, None, None].expand(-1, 1, *maps.shape[-2:])
 
 
@@ -282,7 +287,7 @@ METHODS = {
     "par": Stage(check_picture, _picture_grid, _run_par, _PIXEL_ADAPTIVE),
     "crf": Stage(
         check_picture, _picture_grid, _run_crf,
-        {"iterations": 10, "gaussian": (1.0, 3.0), "bilateral": (64.0, 3.0, 4.0)}, background=_constant_background,
+        {"iterations": 5, "gaussian": (1.0, 1.5), "bilateral": (64.0, 3.0, 2.0)}, background=_constant_background,
     ),
     "vote": Stage(
         check_segments, _segment_grid, _run_vote, {"segments": None, "reduce": "mean"},
