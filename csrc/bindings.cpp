@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "affinity_loss.h"
 #include "boundary_affinity.h"
 #include "common/isa.h"
 #include "common/neighbourhood.h"
@@ -28,6 +29,24 @@ using wsss::WalkOptions;
 using wsss::WalkShape;
 
 namespace {
+
+// -> the loss and the pairs of each class.
+std::pair<double, std::array<double, 3>> affinity_loss(Address affinity, Address labels, int label_bytes,
+                                                       int64_t ignore, int64_t batch, int64_t height, int64_t width,
+                                                       int radius, bool cropped, int threads) {
+  double loss;
+  std::array<double, wsss::kPairClasses> counts;
+  wsss::affinity_loss_cpu(at(affinity), {at<void>(labels), label_bytes, ignore}, &loss, counts.data(),
+                          {batch, height, width}, radius, cropped, threads);
+  return {loss, counts};
+}
+
+void affinity_loss_backward(double grad, Address affinity, Address labels, int label_bytes, int64_t ignore,
+                            const std::array<double, 3>& counts, Address grad_affinity, int64_t batch, int64_t height,
+                            int64_t width, int radius, bool cropped, int threads) {
+  wsss::affinity_loss_backward_cpu(grad, at(affinity), {at<void>(labels), label_bytes, ignore}, counts.data(),
+                                   at(grad_affinity), {batch, height, width}, radius, cropped, threads);
+}
 
 void boundary_affinity(Address boundary, Address out, int64_t batch, int64_t height, int64_t width, int radius,
                        int threads) {
@@ -149,6 +168,8 @@ PYBIND11_MODULE(_C, m) {
 #ifdef WSSS_WITH_CUDA
   bind_cuda(m);
 #endif
+  m.def("affinity_loss", &affinity_loss, without_gil);
+  m.def("affinity_loss_backward", &affinity_loss_backward, without_gil);
   m.def("boundary_affinity", &boundary_affinity, without_gil);
   m.def("boundary_affinity_backward", &boundary_affinity_backward, without_gil);
   m.def("local_affinity", &local_affinity, without_gil);

@@ -7,6 +7,8 @@ from wsss_kernels.info import info
 from wsss_kernels.labels import background_threshold, labels_from_maps
 from wsss_kernels.neighbours import neighbour_offsets
 from wsss_kernels.ops import (
+    affinity_loss,
+    affinity_loss_from_features,
     attention_walk,
     boundary_affinity,
     dense_crf,
@@ -24,6 +26,8 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "affinity_labels",
+    "affinity_loss",
+    "affinity_loss_from_features",
     "attention_walk",
     "background_threshold",
     "boundary_affinity",

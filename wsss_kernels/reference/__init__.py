@@ -1,5 +1,6 @@
 """Every op in plain PyTorch, with the signature of the op it defines: any device, any floating point dtype, slow."""
 
+from wsss_kernels.reference.affinity_loss import affinity_loss, affinity_loss_from_features
 from wsss_kernels.reference.attention_walk import attention_walk
 from wsss_kernels.reference.boundary_affinity import boundary_affinity
 from wsss_kernels.reference.dense_crf import dense_crf
@@ -10,6 +11,8 @@ from wsss_kernels.reference.pixel_adaptive import pixel_adaptive
 from wsss_kernels.reference.random_walk import random_walk
 
 __all__ = [
+    "affinity_loss",
+    "affinity_loss_from_features",
     "attention_walk",
     "boundary_affinity",
     "dense_crf",
