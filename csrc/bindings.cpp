@@ -16,6 +16,7 @@
 #include "common/isa.h"
 #include "common/neighbourhood.h"
 #include "dense_crf.h"
+#include "kmeans.h"
 #include "local_affinity.h"
 #include "mask_vote.h"
 #include "pixel_adaptive.h"
@@ -57,6 +58,16 @@ void boundary_affinity_backward(Address grad, Address boundary, Address grad_bou
                                 int64_t width, int radius, int threads) {
   wsss::boundary_affinity_backward_cpu(at(grad), at(boundary), at(grad_boundary), {batch, height, width}, radius,
                                        threads);
+}
+
+// Problems: x, rows, dim, clusters, start or 0, draws, runs, labels, centers, inertia, iterations.
+int64_t kmeans(const std::vector<std::array<Address, 11>>& given, int64_t iterations, double tol, int threads) {
+  std::vector<wsss::KMeansProblem> problems;
+  for (const auto& p : given) {
+    problems.push_back({at(p[0]), int64_t(p[1]), int64_t(p[2]), int64_t(p[3]), at(p[4]), at<double>(p[5]),
+                        int64_t(p[6]), at<int64_t>(p[7]), at(p[8]), at<double>(p[9]), at<int64_t>(p[10])});
+  }
+  return wsss::kmeans_cpu(problems, iterations, tol, threads);
 }
 
 void local_affinity(Address feats, Address out, Address scales, int64_t batch, int64_t dim, int64_t height,
@@ -172,6 +183,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("affinity_loss_backward", &affinity_loss_backward, without_gil);
   m.def("boundary_affinity", &boundary_affinity, without_gil);
   m.def("boundary_affinity_backward", &boundary_affinity_backward, without_gil);
+  m.def("kmeans", &kmeans, without_gil);
   m.def("local_affinity", &local_affinity, without_gil);
   m.def("local_affinity_backward", &local_affinity_backward, without_gil);
   m.def("pixel_adaptive", &pixel_adaptive, without_gil);
