@@ -47,7 +47,7 @@ VOTE_SEGMENTS = Configuration(128, {"CHANNELS": 4, "BLOCK": 128})
 VOTE_MASKS = Configuration(128, {"CHANNELS": 4, "BLOCK": 256})
 LOSS = Configuration(128, {"BLOCK": 256})
 ROW_PRODUCTS = Configuration(128, {"ROWS": 32, "CENTERS": 16, "DEPTH": 32})
-LABELS = Configuration(128, {"ROWS": 64, "CENTERS": 16})
+LABELS = Configuration(128, {"ROWS": 32, "CENTERS": 16})
 ROW_SUMS = Configuration(128, {"CHUNK": 256, "ROWS": 32, "CENTERS": 16, "COLUMNS": 64})
 
 # Fewer programs than this, a few for each multiprocessor, leave the large blocks' machine partly idle.
