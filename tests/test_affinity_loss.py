@@ -117,6 +117,8 @@ def test_label_dtypes(wk, dtype):
     labels[labels == 255] = 100
     expected = wk.affinity_loss(affinity, labels, ignore_index=100)
     assert torch.equal(wk.affinity_loss(affinity, labels.to(dtype), ignore_index=100), expected)
+    exact = reference.affinity_loss(affinity, labels, ignore_index=100)
+    assert torch.equal(reference.affinity_loss(affinity, labels.to(dtype), ignore_index=100), exact)
 
 
 @pytest.mark.parametrize("end", [0.0, 1.0])

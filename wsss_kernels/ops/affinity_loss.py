@@ -278,7 +278,7 @@ def _affinity_loss_backward_fake(grad: Tensor, affinity: Tensor, *_: object) -> 
 
 
 def _from_features_fake(feats: Tensor, labels: Tensor, radius: int, *_: object) -> tuple[Tensor, ...]:
-    batch, _, height, width = feats.shape
+    batch, height, width = len(feats), *feats.shape[2:]
     affinity = feats.new_empty(batch, neighbour_count(radius), height, width, dtype=torch.float32)
     counts = feats.new_empty(_CLASSES, dtype=torch.float64)
     return feats.new_empty(()), counts, affinity, feats.new_empty(batch, dtype=torch.float32)
@@ -304,25 +304,28 @@ def _from_features_gradient(ctx, grad, *_):  # type: ignore[no-untyped-def]
     return slope, None, None, None, None, None, None
 
 
-for _name, _kernels, _fakes, _gradient in (
-    (
-        "affinity_loss",
-        ((_affinity_loss_cpu, _affinity_loss_cuda), (_affinity_loss_backward_cpu, _affinity_loss_backward_cuda)),
-        (_affinity_loss_fake, _affinity_loss_backward_fake),
-        _affinity_loss_gradient,
-    ),
-    (
-        "affinity_loss_from_features",
-        ((_from_features_cpu, _from_features_cuda), (_from_features_backward_cpu, _from_features_backward_cuda)),
-        (_from_features_fake, _from_features_backward_fake),
-        _from_features_gradient,
-    ),
-):
-    for _direction, (_cpu, _cuda), _fake in zip((_name, f"{_name}_backward"), _kernels, _fakes, strict=True):
-        _dispatch.LIBRARY.impl(_direction, _cpu, "CPU")
-        _dispatch.LIBRARY.impl(_direction, _cuda, "CUDA")
-        torch.library.register_fake(f"wsss_kernels::{_direction}", _fake, lib=_dispatch.LIBRARY)
-    torch.library.register_autograd(
-        f"wsss_kernels::{_name}", _gradient, setup_context=_setup_context, lib=_dispatch.LIBRARY
-    )
-    _dispatch.refuse_second_derivative(_name)
+_dispatch.LIBRARY.impl("affinity_loss", _affinity_loss_cpu, "CPU")
+_dispatch.LIBRARY.impl("affinity_loss_backward", _affinity_loss_backward_cpu, "CPU")
+_dispatch.LIBRARY.impl("affinity_loss_from_features", _from_features_cpu, "CPU")
+_dispatch.LIBRARY.impl("affinity_loss_from_features_backward", _from_features_backward_cpu, "CPU")
+_dispatch.LIBRARY.impl("affinity_loss", _affinity_loss_cuda, "CUDA")
+_dispatch.LIBRARY.impl("affinity_loss_backward", _affinity_loss_backward_cuda, "CUDA")
+_dispatch.LIBRARY.impl("affinity_loss_from_features", _from_features_cuda, "CUDA")
+_dispatch.LIBRARY.impl("affinity_loss_from_features_backward", _from_features_backward_cuda, "CUDA")
+torch.library.register_fake("wsss_kernels::affinity_loss", _affinity_loss_fake, lib=_dispatch.LIBRARY)
+torch.library.register_fake("wsss_kernels::affinity_loss_backward", _affinity_loss_backward_fake, lib=_dispatch.LIBRARY)
+torch.library.register_fake("wsss_kernels::affinity_loss_from_features", _from_features_fake, lib=_dispatch.LIBRARY)
+torch.library.register_fake(
+    "wsss_kernels::affinity_loss_from_features_backward", _from_features_backward_fake, lib=_dispatch.LIBRARY
+)
+torch.library.register_autograd(
+    "wsss_kernels::affinity_loss", _affinity_loss_gradient, setup_context=_setup_context, lib=_dispatch.LIBRARY
+)
+torch.library.register_autograd(
+    "wsss_kernels::affinity_loss_from_features",
+    _from_features_gradient,
+    setup_context=_setup_context,
+    lib=_dispatch.LIBRARY,
+)
+_dispatch.refuse_second_derivative("affinity_loss")
+_dispatch.refuse_second_derivative("affinity_loss_from_features")

@@ -87,7 +87,7 @@ def kmeans(
     listed = not isinstance(x, Tensor)
     if listed and (not isinstance(x, Sequence) or isinstance(x, (str, bytes))):
         raise TypeError(f"x must be a floating point tensor [N, D] or a list of them, got {_check.describe(x)}")
-    problems = list(x) if listed else [x]
+    problems: list[Tensor] = [x] if isinstance(x, Tensor) else list(x)
     names = [f"x[{i}]" for i in range(len(problems))] if listed else ["x"]
     for name, rows in zip(names, problems, strict=True):
         _check.tensor(name, rows, "N D")

@@ -18,12 +18,12 @@ def affinity_loss(
     a = (affinity if affinity.dtype == torch.float64 else affinity.float()).clamp(0, 1)
     if a.shape[1] == 0:
         return a.sum().to(affinity.dtype)  # radius 1: no pairs, 0
-    ignored = (labels < 0) | (labels == ignore_index) | (labels > 2**31 - 1)
-    code = torch.where(ignored, -1, labels.long())  # [B, H, W]
+    code = labels.long()  # [B, H, W]; first, since comparing int8 with 255 would compare it with -1
+    code = torch.where((code < 0) | (code == ignore_index) | (code > 2**31 - 1), -1, code)
     neighbours = [shifted(code + 1, dy, dx) - 1 for dy, dx in neighbour_offsets(radius)]
     there = torch.stack(neighbours, dim=1)  # [B, K, H, W], -1 outside the map
     here = code[:, None]
-    paired = (here >= 0) & (there >= 0) & pair_exists(*a.shape[2:], radius, border, a.device)
+    paired = (here >= 0) & (there >= 0) & pair_exists(a.shape[2], a.shape[3], radius, border, a.device)
     like = paired & (here == there)
     background, foreground, unlike = like & (here == 0), like & (here != 0), paired & (here != there)
     # As (a - 1) + 1e-5 and -a + 1e-5: in float32, 1 + 1e-5 alone makes the logarithm 0.1 % wrong at the end.

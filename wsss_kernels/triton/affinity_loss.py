@@ -136,10 +136,9 @@ def gradient(grad, affinity, codes, counts, out, height, width, neighbours, radi
 
 def label_codes(labels: Tensor, ignore_index: int) -> Tensor:
     """int32, -1 for what makes no pair."""
-    ignored = (labels < 0) | (labels > 2**31 - 1)
-    if torch.iinfo(labels.dtype).min <= ignore_index <= torch.iinfo(labels.dtype).max:
-        ignored = ignored | (labels == ignore_index)
-    return torch.where(ignored, -1, labels.long()).int().contiguous()
+    wide = labels.long()
+    ignored = (wide < 0) | (wide == ignore_index) | (wide > 2**31 - 1)
+    return torch.where(ignored, -1, wide).int().contiguous()
 
 
 def affinity_loss(
