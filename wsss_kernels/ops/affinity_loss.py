@@ -278,7 +278,7 @@ def _affinity_loss_backward_fake(grad: Tensor, affinity: Tensor, *_: object) -> 
 
 
 def _from_features_fake(feats: Tensor, labels: Tensor, radius: int, *_: object) -> tuple[Tensor, ...]:
-    batch, height, width = len(feats), *feats.shape[2:]
+    batch, height, width = feats.shape[0], feats.shape[2], feats.shape[3]
     affinity = feats.new_empty(batch, neighbour_count(radius), height, width, dtype=torch.float32)
     counts = feats.new_empty(_CLASSES, dtype=torch.float64)
     return feats.new_empty(()), counts, affinity, feats.new_empty(batch, dtype=torch.float32)

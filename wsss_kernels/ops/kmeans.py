@@ -206,7 +206,7 @@ def _kmeans_cuda(
 def _kmeans_fake(
     x: list[Tensor], k: list[int], start: list[Tensor], draws: list[Tensor], iterations: int, tol: float
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    labels = [tensor.new_empty(len(tensor), dtype=torch.int64) for tensor in x]
+    labels = [tensor.new_empty(tensor.shape[0], dtype=torch.int64) for tensor in x]
     centers = [tensor.new_empty(clusters, tensor.shape[1]) for tensor, clusters in zip(x, k, strict=True)]
     inertia = torch.empty(len(x), dtype=torch.float64, device="cpu")
     return labels, centers, inertia, torch.empty(len(x), dtype=torch.int64, device="cpu")
