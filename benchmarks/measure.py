@@ -43,6 +43,8 @@ MODULES = (
     "benchmarks.bench_pixel_adaptive",
     "benchmarks.bench_dense_crf",
     "benchmarks.bench_boundary_affinity",
+    "benchmarks.bench_affinity_loss",
+    "benchmarks.bench_kmeans",
     "benchmarks.bench_refine",
 )
 RESULTS = Path(__file__).parent / "results"

@@ -42,6 +42,8 @@ GROUPS = (
     "crf",
     "attention",
     "vote",
+    "loss",
+    "kmeans",
     "refine",
     "memory",
     "overhead",

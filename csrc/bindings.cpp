@@ -11,10 +11,12 @@
 #include <utility>
 #include <vector>
 
+#include "affinity_loss.h"
 #include "boundary_affinity.h"
 #include "common/isa.h"
 #include "common/neighbourhood.h"
 #include "dense_crf.h"
+#include "kmeans.h"
 #include "local_affinity.h"
 #include "mask_vote.h"
 #include "pixel_adaptive.h"
@@ -29,6 +31,24 @@ using wsss::WalkShape;
 
 namespace {
 
+// -> the loss and the pairs of each class.
+std::pair<double, std::array<double, 3>> affinity_loss(Address affinity, Address labels, int label_bytes,
+                                                       int64_t ignore, int64_t batch, int64_t height, int64_t width,
+                                                       int radius, bool cropped, int threads) {
+  double loss;
+  std::array<double, wsss::kPairClasses> counts;
+  wsss::affinity_loss_cpu(at(affinity), {at<void>(labels), label_bytes, ignore}, &loss, counts.data(),
+                          {batch, height, width}, radius, cropped, threads);
+  return {loss, counts};
+}
+
+void affinity_loss_backward(double grad, Address affinity, Address labels, int label_bytes, int64_t ignore,
+                            const std::array<double, 3>& counts, Address grad_affinity, int64_t batch, int64_t height,
+                            int64_t width, int radius, bool cropped, int threads) {
+  wsss::affinity_loss_backward_cpu(grad, at(affinity), {at<void>(labels), label_bytes, ignore}, counts.data(),
+                                   at(grad_affinity), {batch, height, width}, radius, cropped, threads);
+}
+
 void boundary_affinity(Address boundary, Address out, int64_t batch, int64_t height, int64_t width, int radius,
                        int threads) {
   wsss::boundary_affinity_cpu(at(boundary), at(out), {batch, height, width}, radius, threads);
@@ -38,6 +58,16 @@ void boundary_affinity_backward(Address grad, Address boundary, Address grad_bou
                                 int64_t width, int radius, int threads) {
   wsss::boundary_affinity_backward_cpu(at(grad), at(boundary), at(grad_boundary), {batch, height, width}, radius,
                                        threads);
+}
+
+// Problems: x, rows, dim, clusters, start or 0, draws, runs, labels, centers, inertia, iterations.
+int64_t kmeans(const std::vector<std::array<Address, 11>>& given, int64_t iterations, double tol, int threads) {
+  std::vector<wsss::KMeansProblem> problems;
+  for (const auto& p : given) {
+    problems.push_back({at(p[0]), int64_t(p[1]), int64_t(p[2]), int64_t(p[3]), at(p[4]), at<double>(p[5]),
+                        int64_t(p[6]), at<int64_t>(p[7]), at(p[8]), at<double>(p[9]), at<int64_t>(p[10])});
+  }
+  return wsss::kmeans_cpu(problems, iterations, tol, threads);
 }
 
 void local_affinity(Address feats, Address out, Address scales, int64_t batch, int64_t dim, int64_t height,
@@ -147,8 +177,11 @@ PYBIND11_MODULE(_C, m) {
 #ifdef WSSS_WITH_CUDA
   bind_cuda(m);
 #endif
+  m.def("affinity_loss", &affinity_loss, without_gil);
+  m.def("affinity_loss_backward", &affinity_loss_backward, without_gil);
   m.def("boundary_affinity", &boundary_affinity, without_gil);
   m.def("boundary_affinity_backward", &boundary_affinity_backward, without_gil);
+  m.def("kmeans", &kmeans, without_gil);
   m.def("local_affinity", &local_affinity, without_gil);
   m.def("local_affinity_backward", &local_affinity_backward, without_gil);
   m.def("pixel_adaptive", &pixel_adaptive, without_gil);

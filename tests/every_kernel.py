@@ -1,6 +1,6 @@
 """Calls every kernel on small inputs and compares with the CPU: a short run for compute-sanitizer.
 
-python tests/every_kernel.py [walk] [affinity] [boundary] [adaptive] [attention] [vote] [crf] [refine] [--device cuda]
+python tests/every_kernel.py [walk] [affinity] [boundary] [adaptive] [attention] [vote] [crf] [loss] [clusters] [refine] [--device cuda]
 """
 
 from __future__ import annotations
@@ -146,6 +146,39 @@ def crf(device):
         )
 
 
+def loss(device):
+    for (*shape, dtype), border in itertools.product(
+        ((2, 3, 9, 11, torch.float32), (1, 20, 40, 41, torch.float32), (1, 4, 12, 16, torch.float16)),
+        ("full", "cropped"),
+    ):
+        batch, _, height, width = shape
+        labels = (4 * rand(batch, height, width, seed=1)).long() - 1
+        compare(
+            f"affinity loss {shape} {dtype} {border}",
+            lambda x: wk.affinity_loss(x, labels.to(x.device), border=border),  # noqa: B023
+            [rand(batch, 34, height, width, dtype=dtype)],
+            device,
+        )
+        compare(
+            f"affinity loss from features {shape} {dtype} {border}",
+            lambda x: wk.affinity_loss_from_features(x, labels.to(x.device), border=border),  # noqa: B023
+            [rand(*shape, dtype=dtype)],
+            device,
+        )
+
+
+def clusters(device):
+    for rows, dim, k in ((40, 20, 7), (300, 65, 18), (1, 1, 1)):
+        x = rand(rows, dim)
+        compare(
+            f"k-means {rows}x{dim} k={k}",
+            lambda x: wk.kmeans(x, k, init=x[:k]).centers,  # noqa: B023
+            [x],
+            device,
+            gradients=False,
+        )
+
+
 def refine(device):
     compare(
         "refine_cams",
@@ -164,6 +197,8 @@ def main(argv: list[str] | None = None) -> None:
         "attention": attention,
         "vote": vote,
         "crf": crf,
+        "loss": loss,
+        "clusters": clusters,
         "refine": refine,
     }
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])

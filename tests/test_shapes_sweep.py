@@ -199,3 +199,25 @@ def test_boundary_affinity(device, first, assert_close, nan_filled):
             grad = torch.autograd.grad(out, boundary, upstream.to(device))[0]
             wanted = torch.autograd.grad(expected, exact, upstream.double())[0]
             check("gradient", grad, wanted, dtype, assert_close, case)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_affinity_loss(device, first, assert_close, nan_filled):
+    for i in range(first, first + BLOCK):
+        draw = random.Random(f"loss {SEED} {i}")
+        torch.manual_seed(draw.randrange(2**31))
+        batch, height, width = draw_sizes(draw)
+        radius, dtype = draw.randint(1, 9), draw.choice(list(TOLERANCE))
+        options = {"radius": radius, "border": draw.choice(["full", "cropped"]), "ignore_index": draw.choice([255, 0])}
+        labels = torch.randint(-1, draw.randint(1, 5), (batch, height, width)).to(
+            draw.choice([torch.int64, torch.int8])
+        )
+        affinity = torch.rand(batch, len(wk.neighbour_offsets(radius)), height, width).to(dtype)
+        leaf = odd_format(draw, affinity).to(device).requires_grad_()
+        exact = affinity.double().requires_grad_()
+        out = wk.affinity_loss(leaf, labels.to(device), **options)
+        expected = reference.affinity_loss(exact, labels, **options)
+        case = (i, dtype, tuple(affinity.shape), options)
+        check("loss", out.cpu(), expected, dtype, assert_close, case)
+        grad = torch.autograd.grad(out, leaf)[0].cpu()
+        check("gradient", grad, torch.autograd.grad(expected, exact)[0], dtype, assert_close, case)

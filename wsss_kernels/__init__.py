@@ -7,23 +7,30 @@ from wsss_kernels.info import info
 from wsss_kernels.labels import background_threshold, labels_from_maps
 from wsss_kernels.neighbours import neighbour_offsets
 from wsss_kernels.ops import (
+    affinity_loss,
+    affinity_loss_from_features,
     attention_walk,
     boundary_affinity,
     dense_crf,
     dense_energy_loss,
+    kmeans,
     local_affinity,
     mask_vote,
     pixel_adaptive,
     random_walk,
 )
 from wsss_kernels.ops.dense_crf import unary_from_labels, unary_from_probabilities
+from wsss_kernels.reference.kmeans import KMeansResult
 from wsss_kernels.refine import refine_cams
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KMeansResult",
     "__version__",
     "affinity_labels",
+    "affinity_loss",
+    "affinity_loss_from_features",
     "attention_walk",
     "background_threshold",
     "boundary_affinity",
@@ -32,6 +39,7 @@ __all__ = [
     "dense_crf",
     "dense_energy_loss",
     "info",
+    "kmeans",
     "labels_from_maps",
     "local_affinity",
     "mask_vote",

@@ -27,7 +27,9 @@ from triton.compiler import ASTSource
 
 from wsss_kernels import neighbours
 from wsss_kernels.triton import (
+    affinity_loss,
     boundary_affinity,
+    kmeans,
     launch,
     local_affinity,
     mask_vote,
@@ -118,6 +120,13 @@ def recorded_programs() -> list[Program]:
     for maximum, ids in itertools.product((False, True), (torch.int32, torch.int64)):
         mask_vote.segment_vote(maps, torch.empty(1, 6, 7, dtype=ids, device="meta"), maximum)
         mask_vote.mask_vote(maps, [torch.empty(3, 6, 7, dtype=torch.bool, device="meta")], maximum)
+    for dtype in DTYPES:
+        affinity = torch.empty(1, neighbours.neighbour_count(5), 6, 7, dtype=dtype, device="meta")
+        labels = torch.empty(1, 6, 7, dtype=torch.int64, device="meta")
+        loss, counts = affinity_loss.affinity_loss(affinity, labels, 5, True, 255)
+        affinity_loss.affinity_loss_backward(loss, affinity, labels, counts, 5, True, 255)
+    rows = torch.empty(50, 20, device="meta")
+    kmeans.sums_by_label(rows, kmeans.assign(rows, rows[:7]), 7)
     table = [value for name, value in vars(launch).items() if name.isupper()]
     listed = [c for value in table for c in (value.values() if isinstance(value, dict) else [value])]
     unreached = [c for c in listed if isinstance(c, launch.Configuration) and c not in reached]

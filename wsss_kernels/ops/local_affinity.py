@@ -51,6 +51,18 @@ def local_affinity(
         >>> wk.local_affinity(torch.rand(1, 8, 5, 7)).shape
         torch.Size([1, 34, 5, 7])
     """
+    number = check_arguments(feats, radius, metric, scale, border)
+    if not _dispatch.runs_native("local_affinity", feats):
+        return reference.local_affinity(feats, radius, metric=metric, scale=scale, border=border)
+    arguments = (radius, metric == "cosine", number, border == "cropped")
+    if _dispatch.calls_directly(feats):
+        kernel = _local_affinity_cuda if feats.is_cuda else _local_affinity_cpu
+        return kernel(feats, *arguments)[0]
+    return torch.ops.wsss_kernels.local_affinity(feats, *arguments)[0]
+
+
+def check_arguments(feats: Tensor, radius: int, metric: str, scale: float | str, border: str) -> float:
+    """-> the scale, 0 for "auto"."""
     _check.tensor("feats", feats, "B D H W")
     check_radius(radius)
     _check.choice("metric", metric, ("l1", "cosine"))
@@ -62,13 +74,7 @@ def local_affinity(
         number = _check.number("scale", scale, 'a number > 0 (unit of feats) or "auto"', above=0)
     if feats.shape[1] == 0:
         raise ValueError(f"feats must have at least one channel (D >= 1), got {_check.describe(feats)}")
-    if not _dispatch.runs_native("local_affinity", feats):
-        return reference.local_affinity(feats, radius, metric=metric, scale=scale, border=border)
-    arguments = (radius, metric == "cosine", number, border == "cropped")
-    if _dispatch.calls_directly(feats):
-        kernel = _local_affinity_cuda if feats.is_cuda else _local_affinity_cpu
-        return kernel(feats, *arguments)[0]
-    return torch.ops.wsss_kernels.local_affinity(feats, *arguments)[0]
+    return number
 
 
 _dispatch.LIBRARY.define(

@@ -46,6 +46,10 @@ WALK_GRADIENT = Configuration(128, {"LINKS": 8, "PIXELS": 64})
 REGIONS = Configuration(256, {"BLOCK": 1024})  # one program a map: as many threads as its barriers allow
 VOTE_SEGMENTS = Configuration(128, {"CHANNELS": 4, "BLOCK": 256})
 VOTE_MASKS = Configuration(128, {"CHANNELS": 4, "BLOCK": 256})
+LOSS = Configuration(128, {"BLOCK": 256})
+ROW_PRODUCTS = Configuration(128, {"ROWS": 32, "CENTERS": 16, "DEPTH": 32})
+LABELS = Configuration(128, {"ROWS": 32, "CENTERS": 16})
+ROW_SUMS = Configuration(128, {"CHUNK": 256, "ROWS": 32, "CENTERS": 16, "COLUMNS": 64})
 
 ADAPTIVE_WEIGHTS = Configuration(128, {"PIXELS": 128})
 # Channels share the weights of a pixel.
