@@ -1,6 +1,6 @@
 """Calls every kernel on small inputs and compares with the CPU: a short run for compute-sanitizer.
 
-python tests/every_kernel.py [walk] [affinity] [boundary] [adaptive] [attention] [vote] [crf] [loss] [clusters] [refine] [--device cuda]
+python tests/every_kernel.py [OP ...] [--device cuda], OP of those at the end of this file
 """
 
 from __future__ import annotations

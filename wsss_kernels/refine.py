@@ -58,8 +58,8 @@ def refine_cams(
         "crf": feats are the RGB picture; the maps become the marginals of `dense_crf` at its size, started from
             -log(clip(score, 1e-5, 1)), score = [background, present classes] divided by their sum. Without `background`
             that map is a constant, `background_threshold` of the maps but at least 0.15 of their maximum (and goes
-            again). A gentle set by default: iterations=5, gaussian=(1, 1.5), bilateral=(64, 3, 2). Best after a walk: ("image", "crf"). It has no
-            gradient, and refuses cams that require one outside no_grad.
+            again). A gentle set by default: iterations=5, gaussian=(1, 1.5), bilateral=(64, 3, 2). Best after a walk:
+            ("image", "crf"). It has no gradient, and refuses cams that require one outside no_grad.
         "vote": `segments`=, superpixels [B, H, W] of integers or a list of masks [m, H, W] of bool, one an image: each
             segment takes its mean score (see `mask_vote`; the result is a constant for the gradient). feats may be
             None if no other method of the chain needs them. Option: reduce.
