@@ -7,8 +7,11 @@ from wsss_kernels.info import info
 from wsss_kernels.labels import background_threshold, labels_from_maps
 from wsss_kernels.neighbours import neighbour_offsets
 from wsss_kernels.ops import (
+    attention_entropy,
     attention_walk,
     boundary_affinity,
+    class_context,
+    cross_image_attention,
     dense_crf,
     dense_energy_loss,
     local_affinity,
@@ -24,11 +27,14 @@ __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "affinity_labels",
+    "attention_entropy",
     "attention_walk",
     "background_threshold",
     "boundary_affinity",
     "boundary_labels",
+    "class_context",
     "confident_labels",
+    "cross_image_attention",
     "dense_crf",
     "dense_energy_loss",
     "info",

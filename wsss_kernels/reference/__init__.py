@@ -2,6 +2,8 @@
 
 from wsss_kernels.reference.attention_walk import attention_walk
 from wsss_kernels.reference.boundary_affinity import boundary_affinity
+from wsss_kernels.reference.class_context import class_context
+from wsss_kernels.reference.cross_image_attention import attention_entropy, cross_image_attention
 from wsss_kernels.reference.dense_crf import dense_crf
 from wsss_kernels.reference.dense_energy_loss import dense_energy_loss
 from wsss_kernels.reference.local_affinity import local_affinity
@@ -10,8 +12,11 @@ from wsss_kernels.reference.pixel_adaptive import pixel_adaptive
 from wsss_kernels.reference.random_walk import random_walk
 
 __all__ = [
+    "attention_entropy",
     "attention_walk",
     "boundary_affinity",
+    "class_context",
+    "cross_image_attention",
     "dense_crf",
     "dense_energy_loss",
     "local_affinity",
