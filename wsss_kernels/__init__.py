@@ -6,6 +6,7 @@ from wsss_kernels.crf_labels import affinity_labels, confident_labels
 from wsss_kernels.info import info
 from wsss_kernels.labels import background_threshold, labels_from_maps
 from wsss_kernels.neighbours import neighbour_offsets
+from wsss_kernels.nn import CrossImageAttention, MemoryBank
 from wsss_kernels.ops import (
     attention_entropy,
     attention_walk,
@@ -25,6 +26,8 @@ from wsss_kernels.refine import refine_cams
 __version__ = "0.1.0"
 
 __all__ = [
+    "CrossImageAttention",
+    "MemoryBank",
     "__version__",
     "affinity_labels",
     "attention_entropy",

@@ -10,10 +10,11 @@ def class_context(
     """Meaning of `wsss_kernels.class_context`, written for reading, not for speed."""
     confidence = confidence.detach().to(feats.dtype)
     number = torch.arange(confidence.shape[1], device=feats.device)[:, None, None]
-    if assign is None:
-        largest = confidence.amax(1, keepdim=True) if confidence.shape[1] else confidence
-        ties = torch.where(confidence == largest, number, confidence.shape[1])
-        assign = ties.amin(1) if confidence.shape[1] else ties.new_full(ties[:, :1].shape, -1)
+    if assign is None and confidence.shape[1] == 0:
+        assign = torch.full_like(feats[:, 0], -1, dtype=torch.int64)
+    elif assign is None:
+        ties = torch.where(confidence == confidence.amax(1, keepdim=True), number, confidence.shape[1])
+        assign = ties.amin(1)
     counts = (confidence > threshold) & (assign[:, None] == number)
     weights = torch.where(counts, confidence, 0.0)  # [B, C, H, W]
     sums = weights.sum((2, 3))
