@@ -26,7 +26,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from wsss_kernels import neighbours
-from wsss_kernels.triton import boundary_affinity, launch, local_affinity, mask_vote, random_walk, region_boxes
+from wsss_kernels.triton import (
+    boundary_affinity,
+    class_context,
+    cross_image_attention,
+    launch,
+    local_affinity,
+    mask_vote,
+    random_walk,
+    region_boxes,
+)
 
 TARGETS = (
     GPUTarget("cuda", 80, 32),
@@ -104,6 +113,20 @@ def recorded_programs() -> list[Program]:
     for maximum, ids in itertools.product((False, True), (torch.int32, torch.int64)):
         mask_vote.segment_vote(maps, torch.empty(1, 6, 7, dtype=ids, device="meta"), maximum)
         mask_vote.mask_vote(maps, [torch.empty(3, 6, 7, dtype=torch.bool, device="meta")], maximum)
+    query, memory = torch.empty(1, 2, 6, 7, device="meta"), torch.empty(2, 5, 7, device="meta")
+    mask = torch.empty(1, 5, dtype=torch.bool, device="meta")
+    for values, top_k, entropy in itertools.product((memory, None), (0, 3), (False, True)):
+        found = cross_image_attention.cross_image_attention(query, memory, values, mask, 0.5, top_k, 0.1, entropy)
+        if values is None and not entropy:
+            continue
+        cross_image_attention.cross_image_attention_backward(
+            query, found[1] if entropy else None, query, memory, values, mask, found[0], found[2], 0.5, True, True
+        )
+    for dtype in DTYPES:
+        chosen = torch.empty(1, 6, 7, dtype=torch.int32, device="meta")
+        maps = torch.empty(1, 5, 6, 7, dtype=dtype, device="meta")
+        prototypes, sums = class_context.class_context(maps, chosen.float(), chosen, 3)
+        class_context.class_context_backward(prototypes, chosen.float(), chosen, sums)
     table = [value for name, value in vars(launch).items() if name.isupper()]
     listed = [c for value in table for c in (value.values() if isinstance(value, dict) else [value])]
     unreached = [c for c in listed if isinstance(c, launch.Configuration) and c not in reached]
