@@ -270,7 +270,7 @@ def test_opcheck_and_compile():
     tensors = [x.requires_grad_() for x in (query, keys, values)]
     op = torch.ops.wsss_kernels.cross_image_attention
     torch.library.opcheck(op, (*tensors, mask, 0.0, 0, 0.0, True))
-    torch.library.opcheck(op, (tensors[0], tensors[1], None, mask, 0.3, 0, 0.0, True))
+    torch.library.opcheck(torch.ops.wsss_kernels.attention_entropy, (*tensors[:2], mask, 0.3))
     torch.library.opcheck(op, (*tensors, None, 0.0, 3, 0.1, False))
 
     def attend(q, k, v, m):

@@ -90,7 +90,7 @@ class CrossImageAttention(torch.nn.Module):
         )  # fmt: skip
         out, entropy = found if isinstance(found, tuple) else (found, None)
         if folded:  # summed over the heads, without the channel of the keys' bias
-            out = out[..., :dim].sum(1) + self.out_proj.bias.to(out.dtype)
+            out = (out.flatten(0, 1) if heads == 1 else out.sum(1))[..., :dim] + self.out_proj.bias.to(out.dtype)
         else:
             out = self.out_proj(out.transpose(1, 2).flatten(2).to(self.out_proj.weight.dtype))
         out = out.transpose(1, 2).reshape(batch, dim, height, width).to(feats.dtype)

@@ -1,9 +1,10 @@
 """The ops: contract, checks and registration, one file each."""
 
+from wsss_kernels.ops.attention_entropy import attention_entropy
 from wsss_kernels.ops.attention_walk import attention_walk
 from wsss_kernels.ops.boundary_affinity import boundary_affinity
 from wsss_kernels.ops.class_context import class_context
-from wsss_kernels.ops.cross_image_attention import attention_entropy, cross_image_attention
+from wsss_kernels.ops.cross_image_attention import cross_image_attention
 from wsss_kernels.ops.dense_crf import dense_crf
 from wsss_kernels.ops.dense_energy_loss import dense_energy_loss
 from wsss_kernels.ops.local_affinity import local_affinity

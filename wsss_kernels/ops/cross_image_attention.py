@@ -1,4 +1,4 @@
-"""Attention to a memory of other images: contract, checks, registration; its entropy alone too."""
+"""Attention to a memory of other images: contract, checks, registration."""
 
 from __future__ import annotations
 
@@ -78,45 +78,16 @@ def cross_image_attention(
             raise ValueError(f"threshold must be {contract}, got {threshold}")
     if not isinstance(return_entropy, bool):
         raise TypeError(f"return_entropy must be a bool, got {_check.describe(return_entropy)}")
-    if not _runs_native("cross_image_attention", query, keys, values):
+    if not runs_native("cross_image_attention", query, keys, values):
         return reference.cross_image_attention(
             query, keys, values, mask=mask, scale=scale, top_k=top_k, threshold=threshold, return_entropy=return_entropy
         )
-    out, entropy = _attend(query, keys, values, mask, scale, top_k or 0, threshold or 0.0, return_entropy)
-    return (out, _mean(entropy, query.dtype)) if return_entropy else out
-
-
-def attention_entropy(query: Tensor, keys: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """How evenly the queries spread their attention: 0 where each looks at one entry, log M where at all M alike.
-
-        -mean over images, heads and queries of sum over m of p log(p + 1e-5),  p = softmax(scale query keys^T)
-
-    over the entries the mask allows. The weights are never stored. A query that may use nothing counts 0.
-
-    Args:
-        query: [B, heads, S, d], d >= 1; float16, bfloat16, float32 (float32 arithmetic), or float64 (the reference).
-        keys: [heads, M, d], shared by the batch, or [B, heads, M, d].
-        mask: [B, M] bool, True: may be used. None: all.
-        scale: number > 0; None is d**-0.5.
-
-    Returns:
-        A number in the dtype of query, 0 without queries. Differentiable once in query and keys (float64: any order).
-
-    Raises:
-        TypeError, ValueError: an argument outside this contract, named.
-
-    Source: the entropy loss of Fan and Zhang, Memory-based Cross-image Contexts, TPAMI 2022.
-
-    Example:
-        >>> import torch, wsss_kernels as wk
-        >>> round(wk.attention_entropy(torch.zeros(1, 1, 3, 8), torch.randn(1, 4, 8)).item(), 4)  # log 4
-        1.3863
-    """
-    check_memory(query, keys, mask)
-    scale = check_scale(scale)
-    if not _runs_native("attention_entropy", query, keys):
-        return reference.attention_entropy(query, keys, mask=mask, scale=scale)
-    return _mean(_attend(query, keys, None, mask, scale, 0, 0.0, True)[1], query.dtype)
+    arguments = (query, keys, values, mask, scale or 0.0, top_k or 0, threshold or 0.0, return_entropy)
+    if _dispatch.calls_directly(query, keys, values):
+        out, entropy, _ = (attention_cuda if query.is_cuda else attention_cpu)(*arguments)
+    else:
+        out, entropy, _ = torch.ops.wsss_kernels.cross_image_attention(*arguments)
+    return (out, mean_entropy(entropy, query.dtype)) if return_entropy else out
 
 
 def check_memory(query: Tensor, keys: Tensor, mask: Tensor | None) -> None:
@@ -144,35 +115,23 @@ def check_scale(scale: float | None) -> float | None:
     return None if scale is None else _check.number("scale", scale, "a number > 0 or None", above=0)
 
 
-def _runs_native(op: str, *tensors: Tensor) -> bool:
+def runs_native(op: str, *tensors: Tensor) -> bool:
     for tensor in tensors:
         if tensor.dtype not in _dispatch.NATIVE_DTYPES:
             return False
     return _dispatch.runs_native(op, tensors[0])
 
 
-def _mean(entropy: Tensor, dtype: torch.dtype) -> Tensor:
+def mean_entropy(entropy: Tensor, dtype: torch.dtype) -> Tensor:
     return (entropy.mean() if entropy.numel() else entropy.sum()).to(dtype)
 
 
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor | None, mask: Tensor | None, scale: float | None, top_k: int,
-    threshold: float, wants_entropy: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    arguments = (query, keys, values, mask, 0.0 if scale is None else scale, top_k, threshold, wants_entropy)
-    if _dispatch.calls_directly(*(tensor for tensor in (query, keys, values) if tensor is not None)):
-        out, entropy, _ = (_attention_cuda if query.is_cuda else _attention_cpu)(*arguments)
-    else:
-        out, entropy, _ = torch.ops.wsss_kernels.cross_image_attention(*arguments)
-    return out, entropy
-
-
 _dispatch.LIBRARY.define(
-    "cross_image_attention(Tensor query, Tensor keys, Tensor? values, Tensor? mask, float scale, int top_k, "
+    "cross_image_attention(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale, int top_k, "
     "float threshold, bool wants_entropy) -> (Tensor, Tensor, Tensor)"
 )
 _dispatch.LIBRARY.define(
-    "cross_image_attention_backward(Tensor grad, Tensor? grad_entropy, Tensor query, Tensor keys, Tensor? values, "
+    "cross_image_attention_backward(Tensor grad, Tensor? grad_entropy, Tensor query, Tensor keys, Tensor values, "
     "Tensor? mask, Tensor out, Tensor stats, float scale, bool wants_query, bool wants_memory) -> "
     "(Tensor, Tensor, Tensor)"
 )
@@ -187,7 +146,7 @@ def _sizes(query: Tensor, keys: Tensor) -> list[int]:
     return [batch, heads, queries, keys.shape[-2], dim]
 
 
-def _attention_cpu(
+def attention_cpu(
     query: Tensor, keys: Tensor, values: Tensor | None, mask: Tensor | None, scale: float, top_k: int,
     threshold: float, wants_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -207,7 +166,7 @@ def _attention_cpu(
     return _dispatch.as_output(out, query.dtype), entropy, stats
 
 
-def _attention_backward_cpu(
+def attention_backward_cpu(
     grad: Tensor, grad_entropy: Tensor | None, query: Tensor, keys: Tensor, values: Tensor | None, mask: Tensor | None,
     out: Tensor, stats: Tensor, scale: float, wants_query: bool, wants_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -234,38 +193,38 @@ def _attention_backward_cpu(
     )
 
 
-def _attention_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def attention_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from wsss_kernels.triton.cross_image_attention import cross_image_attention
 
     return cross_image_attention(*arguments)
 
 
-def _attention_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def attention_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from wsss_kernels.triton.cross_image_attention import cross_image_attention_backward
 
     return cross_image_attention_backward(*arguments)
 
 
 def _attention_fake(
-    query: Tensor, keys: Tensor, values: Tensor | None, mask: Tensor | None, scale: float, top_k: int,
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, top_k: int,
     threshold: float, wants_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows = query.shape[:3]
     return (
-        query.new_empty(query.shape if values is not None else 0),
+        query.new_empty(query.shape),
         query.new_empty(rows if wants_entropy else 0, dtype=torch.float32),
         query.new_empty(*rows, STATS, dtype=torch.float32),
     )
 
 
 def _attention_backward_fake(
-    grad: Tensor, grad_entropy: Tensor | None, query: Tensor, keys: Tensor, values: Tensor | None, mask: Tensor | None,
+    grad: Tensor, grad_entropy: Tensor | None, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None,
     out: Tensor, stats: Tensor, scale: float, wants_query: bool, wants_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         query.new_empty(query.shape if wants_query else 0),
         keys.new_empty(keys.shape if wants_memory else 0),
-        keys.new_empty(keys.shape) if wants_memory and values is not None else keys.new_empty(0),
+        values.new_empty(values.shape if wants_memory else 0),
     )
 
 
@@ -287,10 +246,10 @@ def _backward(ctx, grad, grad_entropy, _):  # type: ignore[no-untyped-def]
     return *(g if wants else None for g, wants in zip(found, wanted, strict=True)), None, None, None, None, None
 
 
-_dispatch.LIBRARY.impl("cross_image_attention", _attention_cpu, "CPU")
-_dispatch.LIBRARY.impl("cross_image_attention", _attention_cuda, "CUDA")
-_dispatch.LIBRARY.impl("cross_image_attention_backward", _attention_backward_cpu, "CPU")
-_dispatch.LIBRARY.impl("cross_image_attention_backward", _attention_backward_cuda, "CUDA")
+_dispatch.LIBRARY.impl("cross_image_attention", attention_cpu, "CPU")
+_dispatch.LIBRARY.impl("cross_image_attention", attention_cuda, "CUDA")
+_dispatch.LIBRARY.impl("cross_image_attention_backward", attention_backward_cpu, "CPU")
+_dispatch.LIBRARY.impl("cross_image_attention_backward", attention_backward_cuda, "CUDA")
 torch.library.register_fake("wsss_kernels::cross_image_attention", _attention_fake, lib=_dispatch.LIBRARY)
 torch.library.register_fake(
     "wsss_kernels::cross_image_attention_backward", _attention_backward_fake, lib=_dispatch.LIBRARY

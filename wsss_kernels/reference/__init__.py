@@ -1,9 +1,10 @@
 """Every op in plain PyTorch, with the signature of the op it defines: any device, any floating point dtype, slow."""
 
+from wsss_kernels.reference.attention_entropy import attention_entropy
 from wsss_kernels.reference.attention_walk import attention_walk
 from wsss_kernels.reference.boundary_affinity import boundary_affinity
 from wsss_kernels.reference.class_context import class_context
-from wsss_kernels.reference.cross_image_attention import attention_entropy, cross_image_attention
+from wsss_kernels.reference.cross_image_attention import cross_image_attention
 from wsss_kernels.reference.dense_crf import dense_crf
 from wsss_kernels.reference.dense_energy_loss import dense_energy_loss
 from wsss_kernels.reference.local_affinity import local_affinity

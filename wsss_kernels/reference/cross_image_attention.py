@@ -31,11 +31,6 @@ def cross_image_attention(
     return out, mean_entropy(weights).to(query.dtype)
 
 
-def attention_entropy(query: Tensor, keys: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Meaning of `wsss_kernels.attention_entropy`, written for reading, not for speed."""
-    return mean_entropy(scores_and_softmax(query, keys, mask, scale)[1]).to(query.dtype)
-
-
 def scores_and_softmax(query: Tensor, keys: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
     """[B, heads, S, M] each; scores are -infinity, weights 0 where the mask forbids."""
     query = query.float() if query.dtype.itemsize < 4 else query
