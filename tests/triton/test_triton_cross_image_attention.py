@@ -24,7 +24,8 @@ def small_blocks(monkeypatch):
     """So that small sizes take several."""
     blocks = {"QUERIES": 16, "ENTRIES": 16, "CHANNELS": 16}
     monkeypatch.setattr(launch, "ATTENTION_STATISTICS", launch.Configuration(32, blocks))
-    monkeypatch.setattr(launch, "ATTENTION", launch.Configuration(32, {**blocks, "OUT": 16}))
+    for name in ("ATTENTION", "ATTENTION_GRADIENT"):
+        monkeypatch.setattr(launch, name, launch.Configuration(32, {**blocks, "OUT": 16}))
 
 
 def scene(batch, heads, queries, entries, dim, shared):

@@ -259,7 +259,7 @@ def cross_image_attention(
         order, counts = _order(mask, batch, entries, q.device)
         k = _packed(keys, order, batch)
         blocks = launch.ATTENTION.blocks
-        programs = batch * heads * triton.cdiv(queries, blocks["QUERIES"])
+        programs = batch * heads * triton.cdiv(queries, launch.ATTENTION_STATISTICS.blocks["QUERIES"])
         selects = 0 < top_k < entries
         scores = q.new_full((*query.shape[:3], entries), -torch.inf) if selects else q.new_empty(0)
         launch.launch(
@@ -277,9 +277,9 @@ def cross_image_attention(
             # Not math.log: it would turn a threshold held as a symbol into a constant.
             cut = torch.maximum(cut, stats[..., 0] - stats[..., 1].log() + torch.full_like(cut, threshold).log())
         stats[..., 2] = cut
-        parts = triton.cdiv(dim, blocks["OUT"])
+        programs = batch * heads * triton.cdiv(queries, blocks["QUERIES"]) * triton.cdiv(dim, blocks["OUT"])
         launch.launch(
-            attend, programs * parts, launch.ATTENTION, q, k, _packed(values, order, batch), counts, stats, out, *sizes
+            attend, programs, launch.ATTENTION, q, k, _packed(values, order, batch), counts, stats, out, *sizes
         )
         return out.to(query.dtype), entropy, stats
 
@@ -303,12 +303,12 @@ def cross_image_attention_backward(
         v = k if values is None else _packed(values, order, batch)
         stats = stats.contiguous()
         grad_query = torch.empty_like(q) if wants_query else q.new_empty(0)
-        blocks = launch.ATTENTION.blocks
+        blocks = launch.ATTENTION_GRADIENT.blocks
         parts = triton.cdiv(dim, blocks["OUT"])
         if wants_query and q.numel():
             programs = batch * heads * triton.cdiv(queries, blocks["QUERIES"]) * parts
             launch.launch(
-                gradient_of_queries, programs, launch.ATTENTION,
+                gradient_of_queries, programs, launch.ATTENTION_GRADIENT,
                 g, e, delta, q, k, v, counts, stats, grad_query, *sizes, **constants,
             )  # fmt: skip
         of_keys = torch.empty_like(k) if wants_memory else k.new_empty(0)
@@ -316,7 +316,7 @@ def cross_image_attention_backward(
         if wants_memory and k.numel():
             programs = batch * heads * triton.cdiv(entries, blocks["ENTRIES"]) * parts
             launch.launch(
-                gradient_of_memory, programs, launch.ATTENTION,
+                gradient_of_memory, programs, launch.ATTENTION_GRADIENT,
                 g, e, delta, q, k, v, counts, stats, of_keys, of_values, *sizes, **constants,
             )  # fmt: skip
         like_values = keys if values is None else values

@@ -46,7 +46,8 @@ REGIONS = Configuration(256, {"BLOCK": 1024})  # one program a map: as many thre
 VOTE_SEGMENTS = Configuration(128, {"CHANNELS": 4, "BLOCK": 128})
 VOTE_MASKS = Configuration(128, {"CHANNELS": 4, "BLOCK": 256})
 ATTENTION_STATISTICS = Configuration(128, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS": 16})
-ATTENTION = Configuration(128, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS": 16, "OUT": 64})
+ATTENTION = Configuration(256, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS": 16, "OUT": 128})  # 128 threads spill
+ATTENTION_GRADIENT = Configuration(128, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS": 16, "OUT": 64})
 CONTEXT = Configuration(128, {"CHANNELS": 16, "PIXELS": 64})
 CONTEXT_GRADIENT = Configuration(128, {"CHANNELS": 16, "PIXELS": 64})
 
