@@ -41,6 +41,8 @@ MODULES = (
     "benchmarks.bench_attention_walk",
     "benchmarks.bench_mask_vote",
     "benchmarks.bench_pixel_adaptive",
+    "benchmarks.bench_class_context",
+    "benchmarks.bench_cross_image_attention",
     "benchmarks.bench_dense_crf",
     "benchmarks.bench_boundary_affinity",
     "benchmarks.bench_affinity_loss",

@@ -41,6 +41,7 @@ GROUPS = (
     "adaptive",
     "crf",
     "attention",
+    "memory-attention",
     "vote",
     "loss",
     "kmeans",

@@ -13,8 +13,10 @@
 
 #include "affinity_loss.h"
 #include "boundary_affinity.h"
+#include "class_context.h"
 #include "common/isa.h"
 #include "common/neighbourhood.h"
+#include "cross_image_attention.h"
 #include "dense_crf.h"
 #include "kmeans.h"
 #include "local_affinity.h"
@@ -158,6 +160,36 @@ void pixel_adaptive_backward(Address grad, Address image, Address grad_maps, int
       wsss::AdaptiveOptions{par, dilations.data(), int(dilations.size()), iterations}, threads);
 }
 
+void cross_image_attention(Address query, Address keys, Address values, Address mask, Address out, Address entropy,
+                           Address stats, const std::array<int64_t, 5>& sizes, bool shared, double scale, int64_t top_k,
+                           double threshold, int threads) {
+  wsss::cross_image_attention_cpu(at(query), at(keys), at(values), at<uint8_t>(mask), at(out), at(entropy), at(stats),
+                                  wsss::AttentionShape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], shared},
+                                  wsss::AttentionOptions{float(scale), top_k, threshold}, threads);
+}
+
+void cross_image_attention_backward(Address grad, Address grad_entropy, Address query, Address keys, Address values,
+                                    Address mask, Address stats, Address grad_query, Address grad_keys,
+                                    Address grad_values, const std::array<int64_t, 5>& sizes, bool shared, double scale,
+                                    int threads) {
+  wsss::cross_image_attention_backward_cpu(
+      at(grad), at(grad_entropy), at(query), at(keys), at(values), at<uint8_t>(mask), at(stats), at(grad_query),
+      at(grad_keys), at(grad_values), wsss::AttentionShape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], shared},
+      float(scale), threads);
+}
+
+void class_context(Address feats, Address weights, Address classes, Address prototypes, Address sums, int64_t batch,
+                   int64_t classes_count, int64_t dim, int64_t pixels, int threads) {
+  wsss::class_context_cpu(at(feats), at(weights), at<int32_t>(classes), at(prototypes), at(sums),
+                          wsss::ContextShape{batch, classes_count, dim, pixels}, threads);
+}
+
+void class_context_backward(Address grad, Address weights, Address classes, Address sums, Address grad_feats,
+                            int64_t batch, int64_t classes_count, int64_t dim, int64_t pixels, int threads) {
+  wsss::class_context_backward_cpu(at(grad), at(weights), at<int32_t>(classes), at(sums), at(grad_feats),
+                                   wsss::ContextShape{batch, classes_count, dim, pixels}, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -182,6 +214,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("boundary_affinity", &boundary_affinity, without_gil);
   m.def("boundary_affinity_backward", &boundary_affinity_backward, without_gil);
   m.def("kmeans", &kmeans, without_gil);
+  m.def("class_context", &class_context, without_gil);
+  m.def("class_context_backward", &class_context_backward, without_gil);
+  m.def("cross_image_attention", &cross_image_attention, without_gil);
+  m.def("cross_image_attention_backward", &cross_image_attention_backward, without_gil);
   m.def("local_affinity", &local_affinity, without_gil);
   m.def("local_affinity_backward", &local_affinity_backward, without_gil);
   m.def("pixel_adaptive", &pixel_adaptive, without_gil);

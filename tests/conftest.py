@@ -28,8 +28,11 @@ DTYPES = tuple(TOLERANCE)
 OPS = (
     "affinity_loss",
     "affinity_loss_from_features",
+    "attention_entropy",
     "attention_walk",
     "boundary_affinity",
+    "class_context",
+    "cross_image_attention",
     "dense_crf",
     "dense_energy_loss",
     "kmeans",

@@ -179,6 +179,33 @@ def clusters(device):
         )
 
 
+def memory(device):
+    for (batch, heads, queries, entries, dim), shared in itertools.product(
+        ((2, 2, 40, 37, 20), (1, 1, 70, 5, 3)), (True, False)
+    ):
+        own = (heads, entries, dim) if shared else (batch, heads, entries, dim)
+        mask = rand(batch, entries, seed=4) > 0.4
+        compare(
+            f"cross_image_attention {queries} x {entries} shared {shared}",
+            lambda q, k, v: wk.cross_image_attention(q, k, v, mask=mask.to(q.device)),  # noqa: B023
+            [rand(batch, heads, queries, dim), rand(*own, seed=1), rand(*own, seed=2)],
+            device,
+        )
+        compare(
+            f"attention_entropy {queries} x {entries} shared {shared}",
+            lambda q, k: wk.attention_entropy(q, k, mask=mask.to(q.device)),  # noqa: B023
+            [rand(batch, heads, queries, dim), rand(*own, seed=1)],
+            device,
+        )
+    confidence = rand(2, 4, 9, 11, seed=3)
+    compare(
+        "class_context",
+        lambda x: wk.class_context(x, confidence.to(x.device), threshold=0.3)[0],
+        [rand(2, 20, 9, 11)],
+        device,
+    )
+
+
 def refine(device):
     compare(
         "refine_cams",
@@ -199,6 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         "crf": crf,
         "loss": loss,
         "clusters": clusters,
+        "memory": memory,
         "refine": refine,
     }
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])

@@ -6,11 +6,15 @@ from wsss_kernels.crf_labels import affinity_labels, confident_labels
 from wsss_kernels.info import info
 from wsss_kernels.labels import background_threshold, labels_from_maps
 from wsss_kernels.neighbours import neighbour_offsets
+from wsss_kernels.nn import CrossImageAttention, MemoryBank
 from wsss_kernels.ops import (
     affinity_loss,
     affinity_loss_from_features,
+    attention_entropy,
     attention_walk,
     boundary_affinity,
+    class_context,
+    cross_image_attention,
     dense_crf,
     dense_energy_loss,
     kmeans,
@@ -26,16 +30,21 @@ from wsss_kernels.refine import refine_cams
 __version__ = "0.1.0"
 
 __all__ = [
+    "CrossImageAttention",
     "KMeansResult",
+    "MemoryBank",
     "__version__",
     "affinity_labels",
     "affinity_loss",
     "affinity_loss_from_features",
+    "attention_entropy",
     "attention_walk",
     "background_threshold",
     "boundary_affinity",
     "boundary_labels",
+    "class_context",
     "confident_labels",
+    "cross_image_attention",
     "dense_crf",
     "dense_energy_loss",
     "info",

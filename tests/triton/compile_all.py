@@ -29,6 +29,8 @@ from wsss_kernels import neighbours
 from wsss_kernels.triton import (
     affinity_loss,
     boundary_affinity,
+    class_context,
+    cross_image_attention,
     kmeans,
     launch,
     local_affinity,
@@ -127,6 +129,21 @@ def recorded_programs() -> list[Program]:
         affinity_loss.affinity_loss_backward(loss, affinity, labels, counts, 5, True, 255)
     rows = torch.empty(50, 20, device="meta")
     kmeans.sums_by_label(rows, kmeans.assign(rows, rows[:7]), 7)
+
+    query, memory = torch.empty(1, 2, 6, 7, device="meta"), torch.empty(2, 5, 7, device="meta")
+    mask = torch.empty(1, 5, dtype=torch.bool, device="meta")
+    for values, top_k, entropy in itertools.product((memory, None), (0, 3), (False, True)):
+        found = cross_image_attention.cross_image_attention(query, memory, values, mask, 0.5, top_k, 0.1, entropy)
+        if values is None and not entropy:
+            continue
+        cross_image_attention.cross_image_attention_backward(
+            query, found[1] if entropy else None, query, memory, values, mask, found[0], found[2], 0.5, True, True
+        )
+    for dtype in DTYPES:
+        chosen = torch.empty(1, 6, 7, dtype=torch.int32, device="meta")
+        maps = torch.empty(1, 5, 6, 7, dtype=dtype, device="meta")
+        prototypes, sums = class_context.class_context(maps, chosen.float(), chosen, 3)
+        class_context.class_context_backward(prototypes, chosen.float(), chosen, sums)
     table = [value for name, value in vars(launch).items() if name.isupper()]
     listed = [c for value in table for c in (value.values() if isinstance(value, dict) else [value])]
     unreached = [c for c in listed if isinstance(c, launch.Configuration) and c not in reached]

@@ -1,8 +1,11 @@
 """The ops: contract, checks and registration, one file each."""
 
 from wsss_kernels.ops.affinity_loss import affinity_loss, affinity_loss_from_features
+from wsss_kernels.ops.attention_entropy import attention_entropy
 from wsss_kernels.ops.attention_walk import attention_walk
 from wsss_kernels.ops.boundary_affinity import boundary_affinity
+from wsss_kernels.ops.class_context import class_context
+from wsss_kernels.ops.cross_image_attention import cross_image_attention
 from wsss_kernels.ops.dense_crf import dense_crf
 from wsss_kernels.ops.dense_energy_loss import dense_energy_loss
 from wsss_kernels.ops.kmeans import kmeans
@@ -14,8 +17,11 @@ from wsss_kernels.ops.random_walk import random_walk
 __all__ = [
     "affinity_loss",
     "affinity_loss_from_features",
+    "attention_entropy",
     "attention_walk",
     "boundary_affinity",
+    "class_context",
+    "cross_image_attention",
     "dense_crf",
     "dense_energy_loss",
     "kmeans",

@@ -55,6 +55,11 @@ ADAPTIVE_WEIGHTS = Configuration(128, {"PIXELS": 128})
 # Channels share the weights of a pixel.
 ADAPTIVE = {maps: Configuration(128, {"CHANNELS": maps, "PIXELS": 128}) for maps in (1, 4)}
 ADAPTIVE_GRADIENT = {maps: Configuration(128, {"CHANNELS": maps, "PIXELS": 128}, registers=128) for maps in (1, 4)}
+ATTENTION_STATISTICS = Configuration(128, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS": 16})
+ATTENTION = Configuration(256, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS": 16, "OUT": 128})  # 128 threads spill
+ATTENTION_GRADIENT = Configuration(128, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS": 16, "OUT": 64})
+CONTEXT = Configuration(128, {"CHANNELS": 16, "PIXELS": 64})
+CONTEXT_GRADIENT = Configuration(128, {"CHANNELS": 16, "PIXELS": 64})
 
 # Fewer programs than this, a few for each multiprocessor, leave the large blocks' machine partly idle.
 _FEW_PROGRAMS = 512

@@ -1,0 +1,51 @@
+"""`class_context` beside the masked sum in PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import wsss_kernels as wk
+from benchmarks import sizes
+from benchmarks.measure import Case, Inputs, Way, with_pytest
+from benchmarks.sizes import Size
+
+CLASSES = 21
+MCIC = Size("41x41 batch 4 d 512", 41, 41, batch=4, dim=512)  # crops of 321 at stride 8
+
+
+def _inputs(size: Size) -> Inputs:
+    confidence = sizes.maps(size, CLASSES)
+    return {"feats": sizes.features(size), "confidence": confidence / confidence.amax((2, 3), keepdim=True)}
+
+
+def einsum(feats: Tensor, confidence: Tensor) -> list[Tensor]:
+    """The published code, with its loop over classes as one product."""
+    first = torch.nn.functional.one_hot(confidence.argmax(1), CLASSES).permute(0, 3, 1, 2)
+    weights = torch.where((confidence > 0.5) & (first > 0), confidence, 0.0)
+    sums = weights.sum((2, 3))
+    return [torch.einsum("bchw,bdhw->bcd", weights, feats) / (sums[..., None] + 1e-5), sums]
+
+
+CASES: list[Case] = [
+    Case(
+        name=f"class context {MCIC.name}, {CLASSES} classes",
+        op="class_context",
+        groups=("memory-attention",),
+        size=MCIC,
+        channels=CLASSES,
+        inputs=_inputs,
+        expected=lambda i: wk.reference.class_context(i["feats"].double(), i["confidence"], threshold=0.5),
+        ways=(
+            Way("ours", "ours", lambda i: lambda: wk.class_context(i["feats"], i["confidence"], threshold=0.5)),
+            Way("torch einsum", "library", lambda i: lambda: einsum(i["feats"], i["confidence"])),
+        ),
+    )
+]
+GPU_CASES: list[Case] = []
+
+
+def test_class_context(benchmark: Any, case: Case, way: Way) -> None:
+    with_pytest(benchmark, case, way)
