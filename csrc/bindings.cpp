@@ -21,6 +21,7 @@
 #include "random_walk.h"
 #include "random_walk_series.h"
 #include "region_boxes.h"
+#include "soft_histogram.h"
 
 using namespace wsss::python;
 using wsss::FeatureShape;
@@ -130,6 +131,23 @@ void pixel_adaptive_backward(Address grad, Address image, Address grad_maps, int
       wsss::AdaptiveOptions{par, dilations.data(), int(dilations.size()), iterations}, threads);
 }
 
+void soft_histogram(Address feats, Address codebook, Address histogram, Address words, Address assignment,
+                    Address inverse_norm, Address log_sum, int64_t batch, int64_t dim, int64_t pixels,
+                    int64_t words_count, double temperature, int threads) {
+  wsss::soft_histogram_cpu(at(feats), at(codebook), at(histogram), at<uint8_t>(words), at<int64_t>(assignment),
+                           at(inverse_norm), at(log_sum), wsss::HistogramShape{batch, dim, pixels, words_count},
+                           float(temperature), threads);
+}
+
+// grad_feats and grad_codebook: 0 where it is not wanted.
+void soft_histogram_backward(Address grad, Address feats, Address codebook, Address inverse_norm, Address log_sum,
+                             Address grad_feats, Address grad_codebook, int64_t batch, int64_t dim, int64_t pixels,
+                             int64_t words_count, double temperature, int threads) {
+  wsss::soft_histogram_backward_cpu(at(grad), at(feats), at(codebook), at(inverse_norm), at(log_sum), at(grad_feats),
+                                    at(grad_codebook), wsss::HistogramShape{batch, dim, pixels, words_count},
+                                    float(temperature), threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -159,6 +177,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("random_walk", &random_walk, without_gil);
   m.def("random_walk_backward", &random_walk_backward, without_gil);
   m.def("region_boxes", &region_boxes, without_gil);
+  m.def("soft_histogram", &soft_histogram, without_gil);
+  m.def("soft_histogram_backward", &soft_histogram_backward, without_gil);
   m.def("segment_vote", &segment_vote, without_gil);
   m.def("mask_vote", &mask_vote, without_gil);
   m.def("dense_crf", &dense_crf, without_gil);

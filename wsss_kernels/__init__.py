@@ -15,6 +15,7 @@ from wsss_kernels.ops import (
     mask_vote,
     pixel_adaptive,
     random_walk,
+    soft_histogram,
 )
 from wsss_kernels.ops.dense_crf import unary_from_labels, unary_from_probabilities
 from wsss_kernels.refine import refine_cams
@@ -40,6 +41,7 @@ __all__ = [
     "random_walk",
     "reference",
     "refine_cams",
+    "soft_histogram",
     "unary_from_labels",
     "unary_from_probabilities",
 ]

@@ -8,6 +8,7 @@ from wsss_kernels.ops.local_affinity import local_affinity
 from wsss_kernels.ops.mask_vote import mask_vote
 from wsss_kernels.ops.pixel_adaptive import pixel_adaptive
 from wsss_kernels.ops.random_walk import random_walk
+from wsss_kernels.ops.soft_histogram import soft_histogram
 
 __all__ = [
     "attention_walk",
@@ -18,4 +19,5 @@ __all__ = [
     "mask_vote",
     "pixel_adaptive",
     "random_walk",
+    "soft_histogram",
 ]
