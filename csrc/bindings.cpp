@@ -15,6 +15,7 @@
 #include "common/isa.h"
 #include "common/neighbourhood.h"
 #include "dense_crf.h"
+#include "hspp.h"
 #include "local_affinity.h"
 #include "mask_vote.h"
 #include "pixel_adaptive.h"
@@ -131,6 +132,19 @@ void pixel_adaptive_backward(Address grad, Address image, Address grad_maps, int
       wsss::AdaptiveOptions{par, dilations.data(), int(dilations.size()), iterations}, threads);
 }
 
+// places: 0 where they are not wanted.
+void hspp(Address feats, Address out, Address places, int64_t planes, int64_t height, int64_t width,
+          const std::vector<int64_t>& levels, double gamma, int threads) {
+  wsss::hspp_cpu(at(feats), at(out), at<int32_t>(places), wsss::PyramidShape{planes, height, width},
+                 wsss::PyramidLevels{levels.data(), int(levels.size()), gamma}, threads);
+}
+
+void hspp_backward(Address grad, Address places, Address grad_feats, int64_t planes, int64_t height, int64_t width,
+                   const std::vector<int64_t>& levels, double gamma, int threads) {
+  wsss::hspp_backward_cpu(at(grad), at<int32_t>(places), at(grad_feats), wsss::PyramidShape{planes, height, width},
+                          wsss::PyramidLevels{levels.data(), int(levels.size()), gamma}, threads);
+}
+
 void soft_histogram(Address feats, Address codebook, Address histogram, Address words, Address assignment,
                     Address inverse_norm, Address log_sum, int64_t batch, int64_t dim, int64_t pixels,
                     int64_t words_count, double temperature, int threads) {
@@ -177,6 +191,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("random_walk", &random_walk, without_gil);
   m.def("random_walk_backward", &random_walk_backward, without_gil);
   m.def("region_boxes", &region_boxes, without_gil);
+  m.def("hspp", &hspp, without_gil);
+  m.def("hspp_backward", &hspp_backward, without_gil);
   m.def("soft_histogram", &soft_histogram, without_gil);
   m.def("soft_histogram_backward", &soft_histogram_backward, without_gil);
   m.def("segment_vote", &segment_vote, without_gil);

@@ -26,7 +26,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from wsss_kernels import neighbours
-from wsss_kernels.triton import boundary_affinity, launch, local_affinity, mask_vote, random_walk, region_boxes
+from wsss_kernels.triton import (
+    boundary_affinity,
+    hspp,
+    launch,
+    local_affinity,
+    mask_vote,
+    random_walk,
+    region_boxes,
+    soft_histogram,
+)
 
 TARGETS = (
     GPUTarget("cuda", 80, 32),
@@ -104,6 +113,15 @@ def recorded_programs() -> list[Program]:
     for maximum, ids in itertools.product((False, True), (torch.int32, torch.int64)):
         mask_vote.segment_vote(maps, torch.empty(1, 6, 7, dtype=ids, device="meta"), maximum)
         mask_vote.mask_vote(maps, [torch.empty(3, 6, 7, dtype=torch.bool, device="meta")], maximum)
+    for dtype, words in itertools.product(DTYPES, (64, 128, 256, 300)):
+        feats, codebook = (torch.empty(*s, dtype=dtype, device="meta") for s in ((2, 64, 6, 7), (words, 64)))
+        _, _, _, *kept = soft_histogram.soft_histogram(feats, codebook, 1.0)
+        grad = torch.empty(2, words, dtype=dtype, device="meta")
+        soft_histogram.soft_histogram_backward(grad, feats, codebook, *kept, 1.0, True, True)
+    for dtype, keep in itertools.product(DTYPES, (False, True)):
+        pooled, places = hspp.hspp(torch.empty(2, 3, 28, 28, dtype=dtype, device="meta"), [1, 2, 4], 2.0, keep)
+        if keep:
+            hspp.hspp_backward(pooled, places, 28, 28, [1, 2, 4], 2.0)
     table = [value for name, value in vars(launch).items() if name.isupper()]
     listed = [c for value in table for c in (value.values() if isinstance(value, dict) else [value])]
     unreached = [c for c in listed if isinstance(c, launch.Configuration) and c not in reached]

@@ -4,6 +4,7 @@ from wsss_kernels.reference.attention_walk import attention_walk
 from wsss_kernels.reference.boundary_affinity import boundary_affinity
 from wsss_kernels.reference.dense_crf import dense_crf
 from wsss_kernels.reference.dense_energy_loss import dense_energy_loss
+from wsss_kernels.reference.hspp import hspp
 from wsss_kernels.reference.local_affinity import local_affinity
 from wsss_kernels.reference.mask_vote import mask_vote
 from wsss_kernels.reference.pixel_adaptive import pixel_adaptive
@@ -15,6 +16,7 @@ __all__ = [
     "boundary_affinity",
     "dense_crf",
     "dense_energy_loss",
+    "hspp",
     "local_affinity",
     "mask_vote",
     "pixel_adaptive",

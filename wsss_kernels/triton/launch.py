@@ -45,6 +45,11 @@ WALK_GRADIENT = Configuration(128, {"LINKS": 8, "PIXELS": 64})
 REGIONS = Configuration(256, {"BLOCK": 1024})  # one program a map: as many threads as its barriers allow
 VOTE_SEGMENTS = Configuration(128, {"CHANNELS": 4, "BLOCK": 128})
 VOTE_MASKS = Configuration(128, {"CHANNELS": 4, "BLOCK": 256})
+HISTOGRAM = {  # by words at once: 8192 sums a program
+    words: Configuration(256, {"WORDS": words, "PIXELS": 8192 // words, "DEPTH": 32}) for words in (64, 128, 256)
+}
+PYRAMID = Configuration(32, {"BLOCK": 64})  # windows of 7 x 7 pixels are common
+PYRAMID_GRADIENT = Configuration(128, {"BLOCK": 256})
 
 # Fewer programs than this, a few for each multiprocessor, leave the large blocks' machine partly idle.
 _FEW_PROGRAMS = 512
@@ -52,6 +57,10 @@ _FEW_PROGRAMS = 512
 
 def affinity(radius: int) -> Configuration:
     return AFFINITY[3 if radius <= 3 else 5]
+
+
+def histogram(words: int) -> Configuration:
+    return HISTOGRAM[next((size for size in HISTOGRAM if words <= size), max(HISTOGRAM))]
 
 
 def walk(batch: int, channels: int, plane: int) -> Configuration:
