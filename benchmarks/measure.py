@@ -43,6 +43,8 @@ MODULES = (
     "benchmarks.bench_pixel_adaptive",
     "benchmarks.bench_dense_crf",
     "benchmarks.bench_boundary_affinity",
+    "benchmarks.bench_soft_histogram",
+    "benchmarks.bench_hspp",
     "benchmarks.bench_refine",
 )
 RESULTS = Path(__file__).parent / "results"

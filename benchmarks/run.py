@@ -42,6 +42,7 @@ GROUPS = (
     "crf",
     "attention",
     "vote",
+    "training",
     "refine",
     "memory",
     "overhead",

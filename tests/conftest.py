@@ -25,7 +25,7 @@ from wsss_kernels.info import info
 # max |error| / max |reference| against float64
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = tuple(TOLERANCE)
-OPS = ("attention_walk", "boundary_affinity", "local_affinity", "mask_vote", "random_walk")
+OPS = ("attention_walk", "boundary_affinity", "hspp", "local_affinity", "mask_vote", "random_walk", "soft_histogram")
 
 _quick = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("ci", max_examples=50 if _dispatch.native else 10, derandomize=True, **_quick)

@@ -33,7 +33,7 @@ def oracle(feats: Tensor, levels, gamma: float, grad: Tensor) -> tuple[Tensor, T
             peak = window.amax(2, keepdim=True)
             out = out + peak[..., 0] / len(corners)
             first = (window == peak) & (window == peak).cumsum(2).eq(1)
-            slope[:, :, y : y + tall, c : c + wide] += first.view(*x.shape[:2], tall, wide) / len(corners)
+            slope[:, :, y : y + tall, c : c + wide] += first.double().view(*x.shape[:2], tall, wide) / len(corners)
     parts = gamma + len(levels)
     return out / parts, slope / parts * grad.double().cpu()[:, :, None, None]
 

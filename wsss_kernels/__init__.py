@@ -6,6 +6,7 @@ from wsss_kernels.crf_labels import affinity_labels, confident_labels
 from wsss_kernels.info import info
 from wsss_kernels.labels import background_threshold, labels_from_maps
 from wsss_kernels.neighbours import neighbour_offsets
+from wsss_kernels.nn import HybridSpatialPyramidPool, VisualWordEncoder
 from wsss_kernels.ops import (
     attention_walk,
     boundary_affinity,
@@ -24,6 +25,8 @@ from wsss_kernels.refine import refine_cams
 __version__ = "0.1.0"
 
 __all__ = [
+    "HybridSpatialPyramidPool",
+    "VisualWordEncoder",
     "__version__",
     "affinity_labels",
     "attention_walk",

@@ -105,9 +105,7 @@ def _soft_histogram_backward_cpu(
 ) -> tuple[Tensor, Tensor]:
     assert _dispatch.native is not None
     batch, dim, height, width = feats.shape
-    grad, x, c, inverse_norm, log_sum = map(
-        _dispatch.as_kernel_input, (grad, feats, codebook, inverse_norm, log_sum)
-    )
+    grad, x, c, inverse_norm, log_sum = map(_dispatch.as_kernel_input, (grad, feats, codebook, inverse_norm, log_sum))
     grad_feats = torch.empty_like(x) if wants_feats else x.new_empty(0)
     grad_codebook = torch.empty_like(c) if wants_codebook else c.new_empty(0)
     _dispatch.native.soft_histogram_backward(

@@ -50,7 +50,7 @@ def pool_planes(
             columns = width // wide
             count = height // tall * columns
             total = tl.zeros([], tl.float32)
-            for w in range(0, count):
+            for w in range(count):
                 corner = w // columns * tall * width + w % columns * wide
                 peaks = tl.full([BLOCK], float("-inf"), tl.float32)
                 spots = tl.zeros([BLOCK], tl.int32)

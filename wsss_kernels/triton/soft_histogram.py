@@ -45,7 +45,7 @@ def shares(
     """Cosines and softmax [WORDS, PIXELS] from what the forward kept of each pixel; shares of words not there are 0."""
     scores, _ = products(feats, codebook, word, pixel, dim, pixels, words, WORDS, PIXELS, DEPTH)
     known = word < words
-    cosine = scores * tl.load(word_norms + word, mask=known, other=0.0)[:, None] * norm[None, :]
+    cosine = scores * tl.load(word_norms + word.to(tl.int64), mask=known, other=0.0)[:, None] * norm[None, :]
     share = tl.exp(cosine * temperature - log_sum[None, :])
     return cosine, tl.where(known[:, None] & (pixel < pixels)[None, :], share, 0.0)
 
@@ -71,7 +71,7 @@ def assign_pixels(
         scores, squares = products(feats, codebook, word, pixel, dim, pixels, words, WORDS, PIXELS, DEPTH)
         length = tl.sqrt(squares)
         norm = tl.where(length <= 1e-12, 0.0, 1.0 / length)
-        scores = scores * tl.load(word_norms + word, mask=word < words, other=0.0)[:, None] * norm[None, :]
+        scores = scores * tl.load(word_norms + word.to(tl.int64), mask=word < words, other=0.0)[:, None] * norm[None, :]
         scores = tl.where(known, scores, float("-inf"))
         # NaN above all, as in torch; the lowest word among equals.
         broken = scores != scores
