@@ -14,8 +14,8 @@ from wsss_kernels.ops.soft_histogram import soft_histogram
 class VisualWordEncoder(nn.Module):
     """`wsss_kernels.soft_histogram` over a codebook of its own.
 
-    Its one parameter, and all of its state_dict, is `codebook` [words, dim]. As published the features are detached: the
-    histogram trains the codebook, not the network.
+    Its one parameter, and all of its state_dict, is `codebook` [words, dim]. As published the features are detached:
+    the histogram trains the codebook, not the network.
 
     Args:
         dim: channels of the features, >= 1; 2048 for a ResNet-50.

@@ -28,7 +28,7 @@ def hspp(feats: Tensor, *, levels: Sequence[int] = (1, 2, 4), gamma: float = 2.0
         gamma: weight of the mean, >= 0; 2 as published.
 
     Returns:
-        [B, D] in the dtype of feats. Differentiable in feats: a window's gradient goes to its first maximum, row by row.
+        [B, D] in the dtype of feats. Differentiable in feats: a window's gradient goes to its first maximum.
 
     Raises:
         TypeError, ValueError: an argument outside this contract, named; a map smaller than a level among them (the
@@ -44,7 +44,7 @@ def hspp(feats: Tensor, *, levels: Sequence[int] = (1, 2, 4), gamma: float = 2.0
     """
     _check.tensor("feats", feats, "B D H W")
     gamma = _check.number("gamma", gamma, "a number >= 0", least=0)
-    batch, dim, height, width = feats.shape
+    dim, height, width = feats.shape[1:]
     if dim == 0:
         raise ValueError(f"feats must have at least one channel (D >= 1), got {_check.describe(feats)}")
     if not isinstance(levels, (tuple, list)):
@@ -64,7 +64,7 @@ def hspp(feats: Tensor, *, levels: Sequence[int] = (1, 2, 4), gamma: float = 2.0
     if _dispatch.calls_directly(feats):
         kernel = _hspp_cuda if feats.is_cuda else _hspp_cpu
         return kernel(feats, list(levels), gamma, False)[0]
-    return torch.ops.wsss_kernels.hspp(feats, list(levels), gamma, True)[0]  # type: ignore[no-any-return]
+    return torch.ops.wsss_kernels.hspp(feats, list(levels), gamma, True)[0]
 
 
 def windows(height: int, width: int, levels: Sequence[int]) -> int:

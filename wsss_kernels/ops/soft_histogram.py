@@ -16,9 +16,9 @@ def soft_histogram(feats: Tensor, codebook: Tensor, *, temperature: float = 1.0)
     * assignment[b, p] = the word of the largest cosine, in float32, the lowest index among equals
     * words[b, m] = some pixel is assigned to m
 
-    One pass: the scores of pixels and words are never stored, backward computes them again. An image without pixels has
-    zeros and no words. A NaN or infinite feature makes the histogram of its image NaN (its pixel goes to word 0); one in
-    a word makes every histogram NaN (and takes every pixel). A pixel's or word's squares must add up to less than 3e38.
+    One pass: the scores are never stored, backward computes them again. An image without pixels has zeros and no words.
+    A NaN or infinite feature makes the histogram of its image NaN (its pixel goes to word 0); one in a word makes every
+    histogram NaN (and takes every pixel). A pixel's or word's squares must add up to less than 3e38.
 
     Args:
         feats: [B, D, H, W] features of any scale, D >= 1; float16, bfloat16, float32 (float32 arithmetic), or float64
@@ -62,7 +62,7 @@ def soft_histogram(feats: Tensor, codebook: Tensor, *, temperature: float = 1.0)
     if _dispatch.calls_directly(feats, codebook):
         kernel = _soft_histogram_cuda if feats.is_cuda else _soft_histogram_cpu
         return kernel(feats, codebook, temperature)[:3]
-    return torch.ops.wsss_kernels.soft_histogram(feats, codebook, temperature)[:3]  # type: ignore[no-any-return]
+    return torch.ops.wsss_kernels.soft_histogram(feats, codebook, temperature)[:3]
 
 
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

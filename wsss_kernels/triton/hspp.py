@@ -14,14 +14,10 @@ _LEVELS = 4
 
 @triton.jit
 def level_of(i: tl.constexpr, level0, level1, level2, level3):
-    if i == 0:
-        return level0
-    elif i == 1:
-        return level1
-    elif i == 2:
-        return level2
+    if i < 2:
+        return level0 if i == 0 else level1
     else:
-        return level3
+        return level2 if i == 2 else level3
 
 
 @kernel

@@ -45,8 +45,9 @@ WALK_GRADIENT = Configuration(128, {"LINKS": 8, "PIXELS": 64})
 REGIONS = Configuration(256, {"BLOCK": 1024})  # one program a map: as many threads as its barriers allow
 VOTE_SEGMENTS = Configuration(128, {"CHANNELS": 4, "BLOCK": 128})
 VOTE_MASKS = Configuration(128, {"CHANNELS": 4, "BLOCK": 256})
-HISTOGRAM = {  # by words at once: 8192 sums a program
-    words: Configuration(256, {"WORDS": words, "PIXELS": 8192 // words, "DEPTH": 32}) for words in (64, 128, 256)
+HISTOGRAM = {  # by words at once; 64 x 128 and 128 x 64 spill on sm_90
+    words: Configuration(256, {"WORDS": words, "PIXELS": pixels, "DEPTH": 32})
+    for words, pixels in ((64, 64), (128, 32), (256, 32))
 }
 PYRAMID = Configuration(32, {"BLOCK": 64})  # windows of 7 x 7 pixels are common
 PYRAMID_GRADIENT = Configuration(128, {"BLOCK": 256})
