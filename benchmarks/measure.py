@@ -47,6 +47,8 @@ MODULES = (
     "benchmarks.bench_boundary_affinity",
     "benchmarks.bench_affinity_loss",
     "benchmarks.bench_kmeans",
+    "benchmarks.bench_soft_histogram",
+    "benchmarks.bench_hspp",
     "benchmarks.bench_refine",
 )
 RESULTS = Path(__file__).parent / "results"

@@ -45,6 +45,7 @@ GROUPS = (
     "vote",
     "loss",
     "kmeans",
+    "training",
     "refine",
     "memory",
     "overhead",

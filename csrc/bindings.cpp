@@ -18,6 +18,7 @@
 #include "common/neighbourhood.h"
 #include "cross_image_attention.h"
 #include "dense_crf.h"
+#include "hspp.h"
 #include "kmeans.h"
 #include "local_affinity.h"
 #include "mask_vote.h"
@@ -25,6 +26,7 @@
 #include "random_walk.h"
 #include "random_walk_series.h"
 #include "region_boxes.h"
+#include "soft_histogram.h"
 
 using namespace wsss::python;
 using wsss::FeatureShape;
@@ -188,7 +190,36 @@ void class_context_backward(Address grad, Address weights, Address classes, Addr
                             int64_t batch, int64_t classes_count, int64_t dim, int64_t pixels, int threads) {
   wsss::class_context_backward_cpu(at(grad), at(weights), at<int32_t>(classes), at(sums), at(grad_feats),
                                    wsss::ContextShape{batch, classes_count, dim, pixels}, threads);
-}
+
+  // places: 0 where they are not wanted.
+  void hspp(Address feats, Address out, Address places, int64_t planes, int64_t height, int64_t width,
+            const std::vector<int64_t>& levels, double gamma, int threads) {
+    wsss::hspp_cpu(at(feats), at(out), at<int32_t>(places), wsss::PyramidShape{planes, height, width},
+                   wsss::PyramidLevels{levels.data(), int(levels.size()), gamma}, threads);
+  }
+
+  void hspp_backward(Address grad, Address places, Address grad_feats, int64_t planes, int64_t height, int64_t width,
+                     const std::vector<int64_t>& levels, double gamma, int threads) {
+    wsss::hspp_backward_cpu(at(grad), at<int32_t>(places), at(grad_feats), wsss::PyramidShape{planes, height, width},
+                            wsss::PyramidLevels{levels.data(), int(levels.size()), gamma}, threads);
+  }
+
+  void soft_histogram(Address feats, Address codebook, Address histogram, Address words, Address assignment,
+                      Address inverse_norm, Address log_sum, int64_t batch, int64_t dim, int64_t pixels,
+                      int64_t words_count, double temperature, int threads) {
+    wsss::soft_histogram_cpu(at(feats), at(codebook), at(histogram), at<uint8_t>(words), at<int64_t>(assignment),
+                             at(inverse_norm), at(log_sum), wsss::HistogramShape{batch, dim, pixels, words_count},
+                             float(temperature), threads);
+  }
+
+  // grad_feats and grad_codebook: 0 where it is not wanted.
+  void soft_histogram_backward(Address grad, Address feats, Address codebook, Address inverse_norm, Address log_sum,
+                               Address grad_feats, Address grad_codebook, int64_t batch, int64_t dim, int64_t pixels,
+                               int64_t words_count, double temperature, int threads) {
+    wsss::soft_histogram_backward_cpu(at(grad), at(feats), at(codebook), at(inverse_norm), at(log_sum), at(grad_feats),
+                                      at(grad_codebook), wsss::HistogramShape{batch, dim, pixels, words_count},
+                                      float(temperature), threads);
+  }
 
 }  // namespace
 
@@ -226,6 +257,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("random_walk", &random_walk, without_gil);
   m.def("random_walk_backward", &random_walk_backward, without_gil);
   m.def("region_boxes", &region_boxes, without_gil);
+  m.def("hspp", &hspp, without_gil);
+  m.def("hspp_backward", &hspp_backward, without_gil);
+  m.def("soft_histogram", &soft_histogram, without_gil);
+  m.def("soft_histogram_backward", &soft_histogram_backward, without_gil);
   m.def("segment_vote", &segment_vote, without_gil);
   m.def("mask_vote", &mask_vote, without_gil);
   m.def("dense_crf", &dense_crf, without_gil);

@@ -35,11 +35,13 @@ OPS = (
     "cross_image_attention",
     "dense_crf",
     "dense_energy_loss",
+    "hspp",
     "kmeans",
     "local_affinity",
     "mask_vote",
     "pixel_adaptive",
     "random_walk",
+    "soft_histogram",
 )
 
 _quick = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}

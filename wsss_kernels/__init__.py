@@ -6,7 +6,7 @@ from wsss_kernels.crf_labels import affinity_labels, confident_labels
 from wsss_kernels.info import info
 from wsss_kernels.labels import background_threshold, labels_from_maps
 from wsss_kernels.neighbours import neighbour_offsets
-from wsss_kernels.nn import CrossImageAttention, MemoryBank
+from wsss_kernels.nn import CrossImageAttention, HybridSpatialPyramidPool, MemoryBank, VisualWordEncoder
 from wsss_kernels.ops import (
     affinity_loss,
     affinity_loss_from_features,
@@ -17,11 +17,13 @@ from wsss_kernels.ops import (
     cross_image_attention,
     dense_crf,
     dense_energy_loss,
+    hspp,
     kmeans,
     local_affinity,
     mask_vote,
     pixel_adaptive,
     random_walk,
+    soft_histogram,
 )
 from wsss_kernels.ops.dense_crf import unary_from_labels, unary_from_probabilities
 from wsss_kernels.reference.kmeans import KMeansResult
@@ -31,8 +33,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CrossImageAttention",
+    "HybridSpatialPyramidPool",
     "KMeansResult",
     "MemoryBank",
+    "VisualWordEncoder",
     "__version__",
     "affinity_labels",
     "affinity_loss",
@@ -47,6 +51,7 @@ __all__ = [
     "cross_image_attention",
     "dense_crf",
     "dense_energy_loss",
+    "hspp",
     "info",
     "kmeans",
     "labels_from_maps",
@@ -57,6 +62,7 @@ __all__ = [
     "random_walk",
     "reference",
     "refine_cams",
+    "soft_histogram",
     "unary_from_labels",
     "unary_from_probabilities",
 ]

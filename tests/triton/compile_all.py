@@ -31,6 +31,7 @@ from wsss_kernels.triton import (
     boundary_affinity,
     class_context,
     cross_image_attention,
+    hspp,
     kmeans,
     launch,
     local_affinity,
@@ -38,6 +39,7 @@ from wsss_kernels.triton import (
     pixel_adaptive,
     random_walk,
     region_boxes,
+    soft_histogram,
 )
 
 TARGETS = (
@@ -144,6 +146,16 @@ def recorded_programs() -> list[Program]:
         maps = torch.empty(1, 5, 6, 7, dtype=dtype, device="meta")
         prototypes, sums = class_context.class_context(maps, chosen.float(), chosen, 3)
         class_context.class_context_backward(prototypes, chosen.float(), chosen, sums)
+
+    for dtype, words in itertools.product(DTYPES, (64, 128, 256, 300)):
+        feats, codebook = (torch.empty(*s, dtype=dtype, device="meta") for s in ((2, 64, 6, 7), (words, 64)))
+        _, _, _, *kept = soft_histogram.soft_histogram(feats, codebook, 1.0)
+        grad = torch.empty(2, words, dtype=dtype, device="meta")
+        soft_histogram.soft_histogram_backward(grad, feats, codebook, *kept, 1.0, True, True)
+    for dtype, keep in itertools.product(DTYPES, (False, True)):
+        pooled, places = hspp.hspp(torch.empty(2, 3, 28, 28, dtype=dtype, device="meta"), [1, 2, 4], 2.0, keep)
+        if keep:
+            hspp.hspp_backward(pooled, places, 28, 28, [1, 2, 4], 2.0)
     table = [value for name, value in vars(launch).items() if name.isupper()]
     listed = [c for value in table for c in (value.values() if isinstance(value, dict) else [value])]
     unreached = [c for c in listed if isinstance(c, launch.Configuration) and c not in reached]

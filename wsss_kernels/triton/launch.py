@@ -61,12 +61,24 @@ ATTENTION_GRADIENT = Configuration(128, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS
 CONTEXT = Configuration(128, {"CHANNELS": 16, "PIXELS": 64})
 CONTEXT_GRADIENT = Configuration(128, {"CHANNELS": 16, "PIXELS": 64})
 
+
+HISTOGRAM = {  # by words at once; 64 x 128 and 128 x 64 spill on sm_90
+    words: Configuration(256, {"WORDS": words, "PIXELS": pixels, "DEPTH": 32})
+    for words, pixels in ((64, 64), (128, 32), (256, 32))
+}
+PYRAMID = Configuration(32, {"BLOCK": 64})  # windows of 7 x 7 pixels are common
+PYRAMID_GRADIENT = Configuration(128, {"BLOCK": 256})
+
 # Fewer programs than this, a few for each multiprocessor, leave the large blocks' machine partly idle.
 _FEW_PROGRAMS = 512
 
 
 def affinity(radius: int) -> Configuration:
     return AFFINITY[3 if radius <= 3 else 5]
+
+
+def histogram(words: int) -> Configuration:
+    return HISTOGRAM[next((size for size in HISTOGRAM if words <= size), max(HISTOGRAM))]
 
 
 def walk(batch: int, channels: int, plane: int) -> Configuration:

@@ -1,0 +1,81 @@
+"""`soft_histogram` beside torch's product and softmax, eager and compiled, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import wsss_kernels as wk
+from benchmarks.measure import Aim, Case, Inputs, Result, Way, with_pytest
+from benchmarks.sizes import Size
+
+WORDS = 256
+TRAIN = Size("vwe 28x28 batch 16", 28, 28, batch=16, dim=2048)  # 448x448 crops at stride 16
+CROP = Size("vwe 32x32 batch 4", 32, 32, batch=4, dim=2048)
+
+Op = Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _inputs(size: Size) -> Inputs:
+    generator = torch.Generator().manual_seed(11)
+    feats = torch.randn(size.batch, size.dim, size.height, size.width, generator=generator).relu_()
+    codebook = torch.randn(WORDS, size.dim, generator=generator) * 0.0128
+    return {"feats": feats, "codebook": codebook, "grad": torch.randn(size.batch, WORDS, generator=generator)}
+
+
+def _run(op: Op, inputs: Inputs, leaves: tuple[str, ...]) -> tuple[Tensor, ...]:
+    given = {name: inputs[name].detach().requires_grad_(name in leaves) for name in ("feats", "codebook")}
+    histogram = op(given["feats"], given["codebook"])[0]
+    if not leaves:
+        return (histogram,)
+    grads = torch.autograd.grad(histogram, [given[name] for name in leaves], inputs["grad"].to(histogram.dtype))
+    return histogram.detach(), *grads
+
+
+def _case(size: Size, leaves: tuple[str, ...], aims: tuple[Aim, ...] = (), *, quick: bool = False) -> Case:
+    def expected(i: Inputs) -> tuple[Tensor, ...]:
+        return _run(wk.reference.soft_histogram, {name: x.double() for name, x in i.items()}, leaves)
+
+    def compiled(i: Inputs) -> Callable[[], Result]:
+        op = torch.compile(wk.reference.soft_histogram, dynamic=False)
+        return lambda: _run(op, i, leaves)
+
+    direction = f"forward + backward to {' and '.join(leaves)}" if leaves else "forward"
+    return Case(
+        name=f"soft_histogram, {direction} {size.name}",
+        op="soft_histogram",
+        groups=("training",),
+        size=size,
+        channels=WORDS,
+        inputs=_inputs,
+        expected=expected,
+        ways=(
+            Way("ours", "ours", lambda i: lambda: _run(wk.soft_histogram, i, leaves), tolerance=1e-4),
+            Way("torch", "library", lambda i: lambda: _run(wk.reference.soft_histogram, i, leaves), tolerance=1e-4),
+            *((Way("torch.compile", "library", compiled, tolerance=1e-4),) if size is TRAIN else ()),
+        ),
+        aims=aims,
+        quick=quick,
+    )
+
+
+_FASTER = (Aim("torch", "ratio", least=1.5),)
+CASES: list[Case] = [
+    _case(TRAIN, (), _FASTER),
+    _case(TRAIN, ("codebook",), _FASTER),
+    _case(TRAIN, ("feats", "codebook"), _FASTER),
+    _case(CROP, (), quick=True),
+    _case(CROP, ("codebook",), quick=True),
+]
+GPU_CASES: list[Case] = [
+    _case(TRAIN, (), quick=True),
+    _case(TRAIN, ("codebook",)),
+    _case(TRAIN, ("feats", "codebook")),
+]
+
+
+def test_soft_histogram(benchmark: Any, case: Case, way: Way) -> None:
+    with_pytest(benchmark, case, way)
