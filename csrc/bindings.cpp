@@ -190,36 +190,37 @@ void class_context_backward(Address grad, Address weights, Address classes, Addr
                             int64_t batch, int64_t classes_count, int64_t dim, int64_t pixels, int threads) {
   wsss::class_context_backward_cpu(at(grad), at(weights), at<int32_t>(classes), at(sums), at(grad_feats),
                                    wsss::ContextShape{batch, classes_count, dim, pixels}, threads);
+}
 
-  // places: 0 where they are not wanted.
-  void hspp(Address feats, Address out, Address places, int64_t planes, int64_t height, int64_t width,
-            const std::vector<int64_t>& levels, double gamma, int threads) {
-    wsss::hspp_cpu(at(feats), at(out), at<int32_t>(places), wsss::PyramidShape{planes, height, width},
-                   wsss::PyramidLevels{levels.data(), int(levels.size()), gamma}, threads);
-  }
+// places: 0 where they are not wanted.
+void hspp(Address feats, Address out, Address places, int64_t planes, int64_t height, int64_t width,
+          const std::vector<int64_t>& levels, double gamma, int threads) {
+  wsss::hspp_cpu(at(feats), at(out), at<int32_t>(places), wsss::PyramidShape{planes, height, width},
+                 wsss::PyramidLevels{levels.data(), int(levels.size()), gamma}, threads);
+}
 
-  void hspp_backward(Address grad, Address places, Address grad_feats, int64_t planes, int64_t height, int64_t width,
-                     const std::vector<int64_t>& levels, double gamma, int threads) {
-    wsss::hspp_backward_cpu(at(grad), at<int32_t>(places), at(grad_feats), wsss::PyramidShape{planes, height, width},
-                            wsss::PyramidLevels{levels.data(), int(levels.size()), gamma}, threads);
-  }
+void hspp_backward(Address grad, Address places, Address grad_feats, int64_t planes, int64_t height, int64_t width,
+                   const std::vector<int64_t>& levels, double gamma, int threads) {
+  wsss::hspp_backward_cpu(at(grad), at<int32_t>(places), at(grad_feats), wsss::PyramidShape{planes, height, width},
+                          wsss::PyramidLevels{levels.data(), int(levels.size()), gamma}, threads);
+}
 
-  void soft_histogram(Address feats, Address codebook, Address histogram, Address words, Address assignment,
-                      Address inverse_norm, Address log_sum, int64_t batch, int64_t dim, int64_t pixels,
-                      int64_t words_count, double temperature, int threads) {
-    wsss::soft_histogram_cpu(at(feats), at(codebook), at(histogram), at<uint8_t>(words), at<int64_t>(assignment),
-                             at(inverse_norm), at(log_sum), wsss::HistogramShape{batch, dim, pixels, words_count},
-                             float(temperature), threads);
-  }
+void soft_histogram(Address feats, Address codebook, Address histogram, Address words, Address assignment,
+                    Address inverse_norm, Address log_sum, int64_t batch, int64_t dim, int64_t pixels,
+                    int64_t words_count, double temperature, int threads) {
+  wsss::soft_histogram_cpu(at(feats), at(codebook), at(histogram), at<uint8_t>(words), at<int64_t>(assignment),
+                           at(inverse_norm), at(log_sum), wsss::HistogramShape{batch, dim, pixels, words_count},
+                           float(temperature), threads);
+}
 
-  // grad_feats and grad_codebook: 0 where it is not wanted.
-  void soft_histogram_backward(Address grad, Address feats, Address codebook, Address inverse_norm, Address log_sum,
-                               Address grad_feats, Address grad_codebook, int64_t batch, int64_t dim, int64_t pixels,
-                               int64_t words_count, double temperature, int threads) {
-    wsss::soft_histogram_backward_cpu(at(grad), at(feats), at(codebook), at(inverse_norm), at(log_sum), at(grad_feats),
-                                      at(grad_codebook), wsss::HistogramShape{batch, dim, pixels, words_count},
-                                      float(temperature), threads);
-  }
+// grad_feats and grad_codebook: 0 where it is not wanted.
+void soft_histogram_backward(Address grad, Address feats, Address codebook, Address inverse_norm, Address log_sum,
+                             Address grad_feats, Address grad_codebook, int64_t batch, int64_t dim, int64_t pixels,
+                             int64_t words_count, double temperature, int threads) {
+  wsss::soft_histogram_backward_cpu(at(grad), at(feats), at(codebook), at(inverse_norm), at(log_sum), at(grad_feats),
+                                    at(grad_codebook), wsss::HistogramShape{batch, dim, pixels, words_count},
+                                    float(temperature), threads);
+}
 
 }  // namespace
 
