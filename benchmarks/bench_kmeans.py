@@ -32,7 +32,7 @@ def _rows(count: int, dim: int, seed: int) -> Tensor:
 
 
 def _one(size: Size) -> Inputs:
-    x = _rows(size.height, size.dim, 0)
+    x = _rows(max(CLUSTERS, size.height), size.dim, 0)
     return {"x": [x], "start": [x[:CLUSTERS].clone()]}
 
 
