@@ -624,3 +624,19 @@ def test_a_wrong_companion_is_named(tmp_path, capsys, method, array, message):
     assert refine(tmp_path, "--method", method, option, f"{tmp_path}/given") == 1
     captured = capsys.readouterr()
     assert message in captured.out + captured.err
+
+
+@pytest.mark.parametrize("method", ["crf", "image,crf"])
+def test_a_tile_of_weak_scores_stays_weak(tmp_path, method):
+    """A CRF's marginals compete within a tile; a weak blob must not come out as strong as another tile's object."""
+    for name in ("images", "cams"):
+        (tmp_path / name).mkdir()
+    ys, xs = np.mgrid[:64, :256]
+    strong, weak = ((ys - 32) ** 2 + (xs - x) ** 2 < 15**2 for x in (40, 216))
+    picture = np.where((strong | weak)[..., None], (220, 60, 40), (30, 90, 60)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "images" / "p.png")
+    np.savez(tmp_path / "cams" / "p.npz", class_ids=[1], cams=(strong + 0.1 * weak).astype(np.float32)[None])
+    assert refine(tmp_path, "--method", method, "--tile", "64", "--overlap", "16", "--maps") == 0
+    maps = files.read_maps(tmp_path / "out" / "p.npz")[1][0]
+    assert maps[strong].mean() > 0.9
+    assert maps[weak].mean() < 0.15

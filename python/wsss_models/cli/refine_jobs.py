@@ -185,7 +185,9 @@ def _refine_in_tiles(item: Item, settings: Settings, device: torch.device) -> Re
         if _walks_on_bands(item, settings) and item.bands is not None:
             feats = [band_features(item.bands[rows, columns]).to(device)]
         picture = item.picture[:, rows, columns].to(device)
-        return refine_maps([cams.to(device)], [picture], feats, settings, normalize=None)[0].cpu()
+        maps = refine_maps([cams.to(device)], [picture], feats, settings, normalize=None)[0].cpu()
+        # Marginals are as high where the scores of a whole tile are low: the tile's share of the picture's maximum.
+        return maps * cams.max() if "crf" in settings.method else maps
 
     assert settings.tile is not None
     height, width = item.picture.shape[-2:]
