@@ -90,7 +90,7 @@ def test_the_sizes_that_matter_are_there():
             assert f"walk {size} batch {batch} C=3" in CASES
             assert CASES[f"affinity {size} batch {batch}"].size.dim == 448
     assert CASES["affinity, forward + backward crop 56x56 batch 8"].size.batch == 8
-    ops = {"random_walk", "local_affinity", "dense_crf", "dense_energy_loss", "refine_cams"}
+    ops = {"random_walk", "local_affinity", "dense_crf", "dense_energy_loss", "hspp", "soft_histogram", "refine_cams"}
     assert {case.op for case in CASES.values()} == ops
 
 
