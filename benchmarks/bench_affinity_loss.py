@@ -11,7 +11,7 @@ from torch import Tensor
 import wsss_kernels as wk
 from benchmarks import baselines, sizes
 from benchmarks.bench_local_affinity import _expected_gradient, _loss_and_gradient
-from benchmarks.measure import Aim, Case, Inputs, Result, Way, with_pytest
+from benchmarks.measure import Aim, Case, Inputs, Result, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -101,7 +101,7 @@ CASES: list[Case] = [
     _from_features(sizes.CROP_2, (Aim("gather, published", "ratio", least=50),), quick=True),
     _from_features(sizes.CROP, (Aim("ours", "peak_mb", most=100),)),
 ]
-GPU_CASES: list[Case] = []
+GPU_CASES: list[Case] = [on_gpu(_from_affinity(sizes.CROP)), on_gpu(_from_features(sizes.CROP))]
 
 
 def test_affinity_loss(benchmark: Any, case: Case, way: Way) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
-from benchmarks.measure import Aim, Case, Inputs, Way, with_pytest
+from benchmarks.measure import Aim, Case, Inputs, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
 THRESHOLD = 0.4
@@ -114,7 +114,7 @@ CASES: list[Case] = [
     _walk(sizes.TOKENS, 3, (Aim("squared, published", "ratio", least=30),)),
     _call(),
 ]
-GPU_CASES: list[Case] = []
+GPU_CASES: list[Case] = [on_gpu(_walk(sizes.SMALL, 20)), on_gpu(_walk(sizes.TOKENS, 3))]
 
 
 def test_attention_walk(benchmark: Any, case: Case, way: Way) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import baselines, sizes
-from benchmarks.measure import Aim, Case, Inputs, Result, Way, relative_error, with_pytest
+from benchmarks.measure import Aim, Case, Inputs, Result, Way, on_gpu, relative_error, with_pytest
 from benchmarks.sizes import Size
 
 
@@ -167,7 +167,7 @@ CASES: list[Case] = [
     _training(BATCH_8, 10, (Aim("gather, published", "ratio", least=50),)),
     _propagation(sizes.IRN, (Aim("ours", "median_ms", most=7), Aim("ours", "peak_mb", most=20)), quick=True),
 ]
-GPU_CASES: list[Case] = []
+GPU_CASES: list[Case] = [on_gpu(_forward(sizes.IRN)), on_gpu(_training(BATCH_8, 10))]
 
 
 def test_boundary_affinity(benchmark: Any, case: Case, way: Way) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
-from benchmarks.measure import Case, Inputs, Way, with_pytest
+from benchmarks.measure import Case, Inputs, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
 CLASSES = 21
@@ -44,7 +44,7 @@ CASES: list[Case] = [
         ),
     )
 ]
-GPU_CASES: list[Case] = []
+GPU_CASES: list[Case] = [on_gpu(CASES[0])]
 
 
 def test_class_context(benchmark: Any, case: Case, way: Way) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
-from benchmarks.measure import Aim, Case, Inputs, Way, with_pytest
+from benchmarks.measure import Aim, Case, Inputs, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
 CAPACITY = 64
@@ -177,7 +177,7 @@ CASES: list[Case] = [
     _module_case(VGG, 192, 5),
     _module_case(RESNET, 192, 7, only_full=True),
 ]
-GPU_CASES: list[Case] = []
+GPU_CASES: list[Case] = [on_gpu(_op_case(VGG, CLASSES * CAPACITY)), on_gpu(_module_case(VGG, 192, 5))]
 
 
 def test_cross_image_attention(benchmark: Any, case: Case, way: Way) -> None:

@@ -38,7 +38,7 @@ def _case(size: Size, backward: bool, aims: tuple[Aim, ...] = (), *, quick: bool
     return Case(
         name=f"hspp, forward{' + backward' if backward else ''} {size.name}",
         op="hspp",
-        groups=("training",),
+        groups=("pyramid",),
         size=size,
         channels=size.dim,
         inputs=_inputs,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import wsss_kernels as wk
-from benchmarks.measure import Aim, Case, Inputs, Result, Way, with_pytest
+from benchmarks.measure import Aim, Case, Inputs, Result, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
 HAS_SKLEARN = importlib.util.find_spec("sklearn") is not None
@@ -142,7 +142,7 @@ CASES: list[Case] = [
     _given(CLASSES, _classes, 8),
     _seeded(CLASSES, _classes, 8),
 ]
-GPU_CASES: list[Case] = []
+GPU_CASES: list[Case] = [on_gpu(_given(CLASSES, _classes, 8), without=("scikit-learn",))]
 
 
 def test_kmeans(benchmark: Any, case: Case, way: Way) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
-from benchmarks.measure import Aim, Case, Inputs, Way, with_pytest
+from benchmarks.measure import Aim, Case, Inputs, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
 SUPERPIXEL = 19  # pixels across: about 520 in a picture of 375 x 500
@@ -120,7 +120,7 @@ CASES: list[Case] = [
     _overlapping(sizes.PHOTOGRAPH, 3, (Aim("torch products", "ratio", least=10),), quick=True),
     _overlapping(sizes.PHOTOGRAPH, 21),
 ]
-GPU_CASES: list[Case] = []
+GPU_CASES: list[Case] = [on_gpu(_segments(sizes.PHOTOGRAPH, 21)), on_gpu(_overlapping(sizes.PHOTOGRAPH, 21))]
 
 
 def test_mask_vote(benchmark: Any, case: Case, way: Way) -> None:

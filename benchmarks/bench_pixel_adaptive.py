@@ -10,7 +10,7 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
-from benchmarks.measure import Aim, Case, Inputs, Way, with_pytest
+from benchmarks.measure import Aim, Case, Inputs, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
 CROP = Size("448x448", 448, 448)
@@ -114,7 +114,7 @@ CASES: list[Case] = [
     _case("par", 21, _AIMS),
     _case("pamr", 21, _AIMS),
 ]
-GPU_CASES: list[Case] = []
+GPU_CASES: list[Case] = [on_gpu(_case("par", 21)), on_gpu(_case("pamr", 21))]
 
 
 def test_pixel_adaptive(benchmark: Any, case: Case, way: Way) -> None:

@@ -47,7 +47,7 @@ def _case(size: Size, leaves: tuple[str, ...], aims: tuple[Aim, ...] = (), *, qu
     return Case(
         name=f"soft_histogram, {direction} {size.name}",
         op="soft_histogram",
-        groups=("training",),
+        groups=("histogram",),
         size=size,
         channels=WORDS,
         inputs=_inputs,

@@ -2,7 +2,7 @@
 # Builds in place, then proves and measures everything on this machine's GPU. Needs no network and installs nothing.
 #   benchmarks/gpu.sh                  all of it, in 8 minutes at the most
 #   PART=bench benchmarks/gpu.sh       some of: test graph sanitize bench compile (the build always comes first)
-#   PART="bench walk"                  ... for one op of: walk affinity crf refine
+#   PART="bench walk"                  ... for some of the ops named in `files` below
 #   OUT=build/gpu   where gpu.log, summary.txt and the result rows go      PYTHON=python3
 #   LIMIT=480       seconds for everything                                 WSSS_COMMIT=...  for a tree without git
 set -euo pipefail
@@ -14,12 +14,19 @@ python="${PYTHON:-python3}"
 out="${OUT:-build/gpu}"
 limit="${LIMIT:-480}"
 read -ra words <<<"${PART:-}"
+declare -A files=([walk]=random_walk [affinity]=local_affinity [boundary]=boundary_affinity [adaptive]=pixel_adaptive
+  [crf]=dense_crf [attention]=attention_walk [vote]=mask_vote [loss]=affinity_loss [kmeans]=kmeans
+  [memory-attention]=cross_image_attention [histogram]=soft_histogram [pyramid]=hspp [refine]=refine)
+every=(walk affinity boundary adaptive crf attention vote loss kmeans memory-attention histogram pyramid refine)
 parts=() ops=()
 for word in "${words[@]}"; do
   case "$word" in
     build | test | graph | sanitize | bench | compile) parts+=("$word") ;;
-    walk | affinity | crf | refine) ops+=("$word") ;;
-    *) stop "PART must name some of build test graph sanitize bench compile walk affinity crf refine, got $word" ;;
+    *)
+      [[ -n "${files[$word]:-}" ]] ||
+        stop "PART must name some of build test graph sanitize bench compile ${every[*]}, got $word"
+      ops+=("$word")
+      ;;
   esac
 done
 
@@ -91,11 +98,9 @@ fi
 
 # Parts
 
-declare -A files=([walk]=random_walk [affinity]=local_affinity [crf]=dense_crf [refine]=refine)
-tests=()
-for op in "${ops[@]}"; do tests+=("tests/test_${files[$op]}.py"); done
-all=(random_walk local_affinity dense_crf refine properties shapes_sweep compile)
-[[ ${#ops[@]} != 0 ]] || tests=("${all[@]/#/tests/test_}") tests=("${tests[@]/%/.py}")
+tests=() asked_ops=("${ops[@]}")
+[[ ${#ops[@]} != 0 ]] || asked_ops=("${every[@]}") tests=(tests/test_{properties,shapes_sweep,compile}.py)
+for op in "${asked_ops[@]}"; do tests+=("tests/test_${files[$op]}.py"); done
 # In its summary a failure is followed by its reason where the line is long enough.
 pytest=(env COLUMNS=200 "$python" -m pytest --device cuda -q --tb=short -p no:cacheprovider --maxfail=40)
 no_pytest="$(lacks pytest hypothesis)"
@@ -112,6 +117,7 @@ suite() {
 
 graph() {
   [[ -z "$no_pytest" ]] || { skip "graph $1" "$python has no $no_pytest"; return; }
+  [[ "${ops[*]}" != kmeans ]] || { skip "graph $1" "k-means waits for the host once an iteration"; return; }
   local chosen=()
   ((${#ops[@]} != 1)) || chosen=(-k "${ops[0]}")
   run "graph $1" 60 env WSSS_GPU_KERNELS="$1" "${pytest[@]}" --release "${chosen[@]}" tests/test_gpu.py || true
@@ -136,9 +142,9 @@ measure() {  # NAME SECONDS KERNELS ARGUMENTS...
 }
 
 bench() {
-  local groups=(walk affinity refine overhead) more=()
-  [[ "$1" != cuda ]] || groups+=(crf)
-  ((${#ops[@]} == 0)) || groups=("${ops[@]}")
+  local groups=() more=() op
+  for op in "${asked_ops[@]}"; do [[ "$1 $op" == "triton crf" ]] || groups+=("$op"); done
+  ((${#ops[@]} != 0)) || groups+=(overhead)
   [[ "$1" == "${kernels[0]}" ]] || more=(--ours)  # the others' ways were measured with the first
   measure "bench $1" 120 "$1" --only "${groups[@]}" "${more[@]}"
 }

@@ -113,6 +113,12 @@ class Case:
     unit: str = "ms"  # of the table
 
 
+def on_gpu(case: Case, *, without: Sequence[str] = ()) -> Case:
+    """The same on a GPU: without the aims of a CPU, and the ways named that only a CPU has."""
+    ways = tuple(way for way in case.ways if way.name not in without)
+    return replace(case, groups=case.groups[:1], ways=ways, aims=(), quick=False)
+
+
 COLUMNS = (
     "date", "commit", "dirty", "machine", "cores", "isa", "threads", "python", "torch", "numpy", "scipy",
     "wsss_kernels", "op", "group", "case", "size", "batch", "channels", "dim", "height", "width", "way", "kind",

@@ -167,7 +167,7 @@ def loss(device):
         )
 
 
-def clusters(device):
+def kmeans(device):
     for rows, dim, k in ((40, 20, 7), (300, 65, 18), (1, 1, 1)):
         x = rand(rows, dim)
         compare(
@@ -179,7 +179,7 @@ def clusters(device):
         )
 
 
-def memory(device):
+def memory_attention(device):
     for (batch, heads, queries, entries, dim), shared in itertools.product(
         ((2, 2, 40, 37, 20), (1, 1, 70, 5, 3)), (True, False)
     ):
@@ -206,6 +206,23 @@ def memory(device):
     )
 
 
+def histogram(device):
+    for (*shape, dtype), words in itertools.product(
+        ((2, 20, 9, 13, torch.float32), (1, 64, 28, 28, torch.float32), (1, 5, 3, 2, torch.float16)), (7, 256)
+    ):
+        compare(
+            f"histogram {shape} {dtype} {words} words",
+            lambda x, w: wk.soft_histogram(x, w)[0],
+            [rand(*shape, dtype=dtype), rand(words, shape[1], seed=1, dtype=dtype)],
+            device,
+        )
+
+
+def pyramid(device):
+    for *shape, dtype in ((2, 20, 9, 13, torch.float32), (1, 64, 28, 28, torch.float32), (1, 5, 4, 5, torch.float16)):
+        compare(f"pyramid {shape} {dtype}", wk.hspp, [rand(*shape, dtype=dtype)], device)
+
+
 def refine(device):
     compare(
         "refine_cams",
@@ -225,8 +242,10 @@ def main(argv: list[str] | None = None) -> None:
         "vote": vote,
         "crf": crf,
         "loss": loss,
-        "clusters": clusters,
-        "memory": memory,
+        "kmeans": kmeans,
+        "memory-attention": memory_attention,
+        "histogram": histogram,
+        "pyramid": pyramid,
         "refine": refine,
     }
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])

@@ -12,6 +12,17 @@ pytestmark = pytest.mark.gpu
 
 OPS = ("boundary_affinity", "local_affinity", "pixel_adaptive", "random_walk")
 CUDA_ONLY = ("dense_crf", "dense_energy_loss")  # no Triton kernels
+BOTH_WAYS = ("forward", "backward")
+TRITON_ONLY = {
+    "attention_walk": BOTH_WAYS,
+    "affinity_loss": BOTH_WAYS,
+    "class_context": BOTH_WAYS,
+    "cross_image_attention": BOTH_WAYS,
+    "hspp": BOTH_WAYS,
+    "kmeans": ("forward",),
+    "mask_vote": ("forward",),
+    "soft_histogram": BOTH_WAYS,
+}
 
 
 def rand(*shape, seed=0):
@@ -53,6 +64,33 @@ def crf_energy_of(x):
     return wk.dense_energy_loss(255 * x[:, :3].detach(), x)
 
 
+def attention_of(maps):
+    batch, _, height, width = maps.shape
+    attention = maps.detach().flatten(2)[:, :1].mT.expand(batch, height * width, height * width)
+    return wk.attention_walk(maps, attention)
+
+
+def vote_of(maps):
+    return wk.mask_vote(maps, (20 * maps.detach()[:, 0]).long())
+
+
+def loss_of(feats):
+    return wk.affinity_loss_from_features(feats, (4 * feats.detach()[:, 0]).long())
+
+
+def histogram_of(feats):
+    return wk.soft_histogram(feats, feats[0, :, :3, :2].flatten(1).mT)[0]
+
+
+def memory_attention_of(x):
+    tokens = x.flatten(2).mT  # [B, S, d]
+    return wk.cross_image_attention(tokens.unsqueeze(1), tokens[:1, :20], tokens[:1, 20:40])
+
+
+def context_of(x):
+    return wk.class_context(x, x.detach().softmax(1), threshold=0.1)[0]
+
+
 def with_gradients(op):
     def call(x):
         leaf = x.detach().requires_grad_()
@@ -71,6 +109,12 @@ FORWARD = {
     "boundary affinity of radius 10": boundary_of(10),
     "pixel-adaptive by PAMR": adaptive("pamr"),
     "pixel-adaptive by PAR": adaptive("par"),
+    "attention walk": attention_of,
+    "loss of features": loss_of,
+    "histogram": histogram_of,
+    "pyramid": wk.hspp,
+    "memory-attention": memory_attention_of,
+    "memory-attention's context": context_of,
     "walk by power": walk("power"),
     "walk by series": walk("chebyshev"),
     "walk of radius 3": walk("auto", radius=3),
@@ -78,7 +122,7 @@ FORWARD = {
 }
 CALLS = FORWARD | {f"{name}, and backward": with_gradients(op) for name, op in FORWARD.items()}
 OF_CRF = {"crf": crf_of, "energy of the crf, and backward": with_gradients(crf_energy_of)}
-CALLS |= OF_CRF
+CALLS |= OF_CRF | {"vote": vote_of}
 SHAPES = [(2, 3, 9, 13), (3, 4, 61, 70)]
 
 
@@ -97,8 +141,9 @@ def shape(request):
 def test_no_op_runs_the_reference():
     kernels = info()["ops"]
     wanted = {os.environ["WSSS_GPU_KERNELS"]} if os.environ.get("WSSS_GPU_KERNELS") else {"cuda", "triton"}
-    for op, direction in (("attention_walk", "forward"), ("attention_walk", "backward"), ("mask_vote", "forward")):
-        assert kernels[op]["cuda"][direction]["kernel"] == "triton"
+    for op, directions in TRITON_ONLY.items():
+        for direction in directions:
+            assert kernels[op]["cuda"][direction]["kernel"] == "triton"
     for op in CUDA_ONLY if info()["cuda"]["archs"] else ():
         assert kernels[op]["cuda"]["forward"]["kernel"] == "cuda"
     for op in OPS:

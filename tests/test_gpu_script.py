@@ -41,7 +41,7 @@ def test_says_that_there_is_no_gpu(tmp_path):
     [
         (
             {"PART": "bench speed"},
-            "PART must name some of build test graph sanitize bench compile walk affinity crf refine",
+            "PART must name some of build test graph sanitize bench compile walk affinity boundary",
         ),
         ({"PYTHON": "python0"}, "python0 was not found"),
     ],
