@@ -18,7 +18,7 @@ _WORKERS = 2  # threads
 
 @dataclass(frozen=True)
 class Row:
-    """IoU of a stage in 0..1; None where there is nothing to compare: a class in no mask and no prediction, no masks."""
+    """IoU of a stage in 0..1; None of a class that is in no mask and no prediction, and where there are no masks."""
 
     stage: str
     split: str
