@@ -161,7 +161,7 @@ def test_refiners_of_pictures(scenes, tmp_path, refiner):
         assert rows["labels"]["miou"] == pytest.approx(rows["CAM free"]["miou"], abs=0.03)
 
 
-def test_refusals(scenes, tmp_path, capsys):
+def test_refusals(scenes, tmp_path, capsys, monkeypatch):
     for more, message in (
         (["--refiner", "irnet,crf"], "stand alone"),
         (["--set", "affinity.epochs=1"], "no stage affinity"),
@@ -173,6 +173,9 @@ def test_refusals(scenes, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert main(words("deeplab", scenes, tmp_path / "out")) == 2
     assert "system must be one of" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(words("classifier", scenes, tmp_path / "out")) == 2
+    assert "wsss run is one process" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

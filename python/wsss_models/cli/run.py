@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -80,6 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("wsss run is one process; under torchrun, train the stages by wsss train")
     try:
         train, val = open_dataset(arguments.data, arguments.split), open_dataset(arguments.data, arguments.val_split)
         plan = _plan(arguments, train, val)
