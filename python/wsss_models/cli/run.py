@@ -67,7 +67,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", default="train", metavar="NAME", help="that is learnt from (train)")
     add("--val-split", default="val", metavar="NAME", help="that is segmented (val)")
     add("--weights", type=Path, metavar="FILE", help="public weights of the system's backbone")
-    add("--segmentation-weights", type=Path, metavar="FILE", help="public weights of deeplab's backbone")
+    add(
+        "--segmentation-weights",
+        type=Path,
+        metavar="FILE",
+        help="public weights of deeplab's backbone; default: the classifier's where it is the same",
+    )
     add("--scales", default="0.75,1,1.25", metavar="S,S,...", help="of the pictures that are segmented (0.75,1,1.25)")
     add(
         "--set",
@@ -225,15 +230,8 @@ class _Stages:
         self._call("cams", [*inputs, f"--out={self._out / 'cams'}", f"--device={self._device}", workers])
 
     def _train_affinity(self) -> None:
-        system, which = self._networks["affinity"]
-        first, first_preset = self._networks["classifier"]
-        ours = with_settings(preset(system, which), self._settings("affinity"))
-        theirs = with_settings(preset(first, first_preset), self._settings("classifier"))
-        shared = (ours.backbone, ours.width) == (theirs.backbone, theirs.width)
-        weights = self._out / "classifier" / "checkpoint.pt" if shared else None
-        if not shared:
-            print(f"{system} begins anew: its backbone is {ours.backbone}, the classifier's {theirs.backbone}")
-        self._fit("affinity", self._out / "affinity", self._plan.split, weights, [f"--cams={self._out / 'cams'}"])
+        cams = [f"--cams={self._out / 'cams'}"]
+        self._fit("affinity", self._out / "affinity", self._plan.split, self._of_classifier("affinity"), cams)
 
     def _write_labels(self) -> None:
         out, data = self._out, self._arguments.data
@@ -253,7 +251,7 @@ class _Stages:
 
     def _train_deeplab(self) -> None:
         labels = [f"--labels={self._out / 'labels'}"]
-        weights = self._arguments.segmentation_weights
+        weights = self._arguments.segmentation_weights or self._of_classifier("deeplab")
         self._fit("deeplab", self._out / "deeplab", self._plan.split, weights, labels)
 
     def _segment(self) -> None:
@@ -261,6 +259,17 @@ class _Stages:
         inputs += [f"--scales={self._plan.scales}", f"--device={self._device}", f"--workers={self._arguments.workers}"]
         self._call("segment", [*inputs, f"--out={self._out / 'segmentation' / 'mean'}"])
         self._call("segment", [*inputs, "--crf", f"--out={self._out / 'segmentation' / 'crf'}"])
+
+    def _of_classifier(self, stage: str) -> Path | None:
+        """The weights that a stage starts from, where its backbone is the classifier's."""
+        found = []
+        for name in (stage, "classifier"):
+            config = with_settings(preset(*self._networks[name]), self._settings(name))
+            found.append((config.backbone, config.width))
+        if found[0] == found[1]:
+            return self._out / "classifier" / "checkpoint.pt"
+        print(f"{stage} begins anew: its backbone is {found[0][0]}, the classifier's {found[1][0]}", flush=True)
+        return None
 
     def _fit(self, stage: str, out: Path, split: str, weights: Path | None, more: Sequence[str] = ()) -> None:
         system, which = self._networks[stage]
