@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 import wsss_kernels as wk
-from wsss_models.data.artefacts import png_settings
+from wsss_models.data.artefacts import FileError, png_settings
 from wsss_models.data.files import fingerprint, read_maps, write_label
 from wsss_models.data.folder import inside
 from wsss_models.data.masks import read_mask
@@ -30,6 +31,11 @@ def needs_affinity_labels(module: ModuleType, config: Any) -> bool:
     return hasattr(module, "shrink_labels") and getattr(config, "stage", "affinity") == "affinity"
 
 
+def needs_masks(module: ModuleType) -> bool:
+    """Whether a system trains on label pictures: pseudo-labels, or masks."""
+    return getattr(module, "TRAINS_ON_MASKS", False)
+
+
 def samples_of(
     module: ModuleType, config: Any, pictures: PictureSet, *, seed: int = 0, labels: Path | None = None
 ) -> Samples:
@@ -40,9 +46,14 @@ def samples_of(
         config: its settings.
         pictures: the set.
         seed: of the augmentations.
-        labels: folder of label PNGs of the pictures' sizes (0 background, 255 not sure), where the stage needs them.
+        labels: folder of label PNGs of the pictures' sizes (0 background, 255 not sure), where the stage needs them; a
+            system that trains on masks takes the set's own without it.
     """
     recipe: Recipe = config.recipe
+    if needs_masks(module):
+        if labels is None:
+            return Samples(pictures, recipe.augment(), seed=seed, mask=True)
+        return Samples(pictures, recipe.augment(), seed=seed, maps={"mask": partial(_label, pictures, labels)})
     if not needs_affinity_labels(module, config):
         return Samples(pictures, recipe.augment(), seed=seed)
     if labels is None:
@@ -53,6 +64,22 @@ def samples_of(
     read = partial(_label, pictures, labels)
     finish = partial(_shrunk, module.shrink_labels)
     return Samples(pictures, recipe.augment(), seed=seed, maps={"affinity_label": read}, finish=finish)
+
+
+def labels_hash(pictures: PictureSet, labels: Path) -> str:
+    """Tells folders of label PNGs apart by the bytes of the files of this set.
+
+    Raises:
+        FileError: a picture has none.
+    """
+    digest = hashlib.sha256()
+    for name in pictures.ids:
+        path = inside(labels, name, ".png")
+        try:
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        except OSError as error:
+            raise FileError(path, (error.strerror or str(error)).rstrip(".")) from None
+    return digest.hexdigest()[:16]
 
 
 def write_training_labels(

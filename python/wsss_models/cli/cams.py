@@ -46,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
         pictures = open_dataset(arguments.data, arguments.split)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if not hasattr(model, "cams"):
+        raise UsageError(f"--run must be of a classifier, got {manifest['system']}; it labels with wsss segment")
     if list(pictures.classes) != manifest.get("classes", list(pictures.classes)):
         raise UsageError(f"--data must have the classes of --run, {manifest['classes']}, got {list(pictures.classes)}")
     failures = 0

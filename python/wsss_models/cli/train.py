@@ -17,9 +17,16 @@ from wsss_models.data.dataset import list_splits, open_dataset
 from wsss_models.data.pictures import PictureSet
 from wsss_models.systems import SYSTEMS, preset, system, with_settings
 from wsss_models.train import PRECISIONS, data_hash, train
-from wsss_models.training_data import needs_affinity_labels, samples_of, write_training_labels
+from wsss_models.training_data import (
+    labels_hash,
+    needs_affinity_labels,
+    needs_masks,
+    samples_of,
+    write_training_labels,
+)
 
 _LABELS = {"affinitynet": "affinity", "irnet": "confident"}  # how the labels of each are made from CAMs
+MASKS = "masks"  # --labels of a system that trains on label pictures: the set's own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--weights", type=Path, metavar="FILE", help="start from public weights, or from a checkpoint.pt")
     add("--cams", type=Path, metavar="DIR", help="of wsss cams: labels for affinitynet and irnet are made from them")
-    add("--labels", type=Path, metavar="DIR", help="such labels (PNG, 255 = not sure) made elsewhere")
+    add(
+        "--labels",
+        type=Path,
+        metavar="DIR",
+        help="such labels (PNG, 255 = not sure) made elsewhere; deeplab: pseudo-labels, or masks: the set's own",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, where there is one")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: a GPU where there is one")
@@ -61,7 +73,13 @@ def _run(arguments: argparse.Namespace) -> int:
     pictures = _pictures(arguments)
     config = replace(preset(arguments.system, arguments.preset), num_classes=len(pictures.classes))
     config = with_settings(config, arguments.set)
-    labels = _training_labels(arguments, pictures) if needs_affinity_labels(module, config) else None
+    about: dict[str, str] = {}
+    labels = None
+    if needs_masks(module):
+        labels = _pseudo_labels(arguments)
+        about["labels"] = MASKS if labels is None else labels_hash(pictures, labels)
+    elif needs_affinity_labels(module, config):
+        labels = _training_labels(arguments, pictures)
     torch.manual_seed(arguments.seed)
     model = module.Model(config)
     if arguments.weights is not None:
@@ -82,6 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         checkpoint_steps=arguments.checkpoint_steps,
         about={
+            **about,
             "system": arguments.system,
             "classes": list(pictures.classes),
             "data": {
@@ -102,6 +121,17 @@ def _pictures(arguments: argparse.Namespace) -> PictureSet:
     if split is None and "train" in list_splits(arguments.data):
         split = "train"
     return open_dataset(arguments.data, split)
+
+
+def _pseudo_labels(arguments: argparse.Namespace) -> Path | None:
+    """The folder; None = the set's own masks."""
+    if arguments.cams is not None or arguments.labels is None:
+        raise UsageError(f"{arguments.system} trains on label pictures: give --labels DIR, or --labels {MASKS}")
+    if str(arguments.labels) == MASKS:
+        return None
+    if not arguments.labels.is_dir():
+        raise UsageError(f"--labels must be a folder or the word {MASKS}, got {shown(arguments.labels)}")
+    return arguments.labels
 
 
 def _training_labels(arguments: argparse.Namespace, pictures: PictureSet) -> Path:
