@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,9 @@ def open_pictures(runs: Sequence[Run], data: Path | None, split: str | None) -> 
     """
     named = {str(run.results.get("data", "")): None for run in runs}
     if data is None and len(named) > 1:
-        raise ValueError(f"the runs must be of one set of pictures, got {', '.join(map(shown, named))} (or give --data)")
+        raise ValueError(
+            f"the runs must be of one set of pictures, got {', '.join(map(shown, named))} (or give --data)"
+        )
     root = Path(next(iter(named)) or "?") if data is None else data
     if split is None:
         known = list_splits(root)
@@ -334,7 +337,7 @@ def _case(
         classes = []
     made = [
         [
-            panel(title, lambda path=run.outputs[folder].get(name): output(path), "none of this picture")
+            panel(title, partial(output, run.outputs[folder].get(name)), "none of this picture")
             for folder, title in OUTPUTS.items()
             if folder in run.outputs
         ]
