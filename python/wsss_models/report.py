@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import colorsys
 import io
 import json
 import math
@@ -22,7 +23,6 @@ from wsss_models.data.dataset import list_splits, open_dataset
 from wsss_models.data.files import read_maps
 from wsss_models.data.folder import list_files
 from wsss_models.data.masks import IGNORE, read_mask
-from wsss_models.data.palette import voc_palette
 from wsss_models.data.pictures import PictureSet
 from wsss_models.evaluate import Confusion, evaluate_labels, evaluate_maps
 from wsss_models.report_charts import Curve
@@ -114,7 +114,7 @@ def read_run(path: Path | str) -> Run:
 
 
 def read_log(path: Path) -> dict[str, Curve]:
-    """The loss terms of a training's log.jsonl; a line that was cut short is left out.
+    """The loss terms of a training's log.jsonl; a line that was cut short is left out, and the total of one term.
 
     Raises:
         FileError: the file cannot be read.
@@ -133,7 +133,10 @@ def read_log(path: Path) -> dict[str, Curve]:
         for name, value in values.items():
             if name not in _NO_LOSSES and _is_number(value) and math.isfinite(step):
                 curves.setdefault(name, {})[step] = float(value)
-    return {name: sorted(points.items()) for name, points in curves.items()}
+    terms = {name: sorted(points.items()) for name, points in curves.items()}
+    if len(terms) == 2 and "total" in terms and terms["total"] in [terms[name] for name in terms if name != "total"]:
+        del terms["total"]  # of one term
+    return terms
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -335,11 +338,11 @@ def _case(
     except _OF_THE_FILE as error:
         failed(name, str(error))
         classes = []
+    folders = [folder for folder in OUTPUTS if any(folder in run.outputs for run in runs)]  # CAM under CAM
     made = [
         [
-            panel(title, partial(output, run.outputs[folder].get(name)), "none of this picture")
-            for folder, title in OUTPUTS.items()
-            if folder in run.outputs
+            panel(OUTPUTS[folder], partial(output, run.outputs.get(folder, {}).get(name)), "none of this picture")
+            for folder in folders
         ]
         for run in runs
     ]
@@ -372,7 +375,9 @@ def _maps_over(picture: np.ndarray, class_ids: np.ndarray, cams: np.ndarray) -> 
 
 
 def _colour(class_id: int) -> tuple[int, int, int]:
-    red, green, blue = voc_palette()[class_id].tolist()
+    """Light enough for a dark page, too, as VOC's are not; neighbouring ids are far apart on the circle of hues."""
+    hue, lightness = 0.618034 * class_id % 1, 0.64 if class_id % 2 else 0.5
+    red, green, blue = (round(255 * x) for x in colorsys.hls_to_rgb(hue, lightness, 0.9))
     return red, green, blue
 
 

@@ -12,7 +12,7 @@ from wsss_models.data.artefacts import shown
 
 NUM_COLOURS = 6  # classes c0 .. c5 of the style sheet
 _WIDTH, _HEIGHT = 340, 190  # of the drawing; the page scales it
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 24  # margins round the curves
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 18, 10, 24  # margins round the curves
 _POINTS = 240  # of a curve: about one a pixel
 
 Curve = Sequence[tuple[float, float]]  # (step, value), ascending steps
@@ -49,7 +49,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * rough)
-    return [round(k * step, 12) for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{k * step:.10g}") for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def chart(title: str, curves: Mapping[str, Curve]) -> str:

@@ -127,9 +127,9 @@ def _comparison(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _compared(values: Sequence[object]) -> list[str]:
-    """Cells of one line, the highest marked."""
+    """Cells of one line, the highest marked where they differ."""
     known = [v for v in values if _known(v)]
-    best = max(known) if len(known) > 1 else None
+    best = max(known) if len(set(known)) > 1 else None
     return [_percent(v, best=best is not None and v == best) for v in values]
 
 

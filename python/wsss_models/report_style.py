@@ -25,7 +25,7 @@ border-radius:4px;font-size:.9rem;overflow-wrap:anywhere}
 .wide,.strip{overflow-x:auto;-webkit-overflow-scrolling:touch}
 table{border-collapse:collapse;font-size:.92rem}
 th,td{padding:6px 14px 6px 8px;text-align:left;border-bottom:1px solid var(--line);max-width:26em;
-overflow-wrap:anywhere}
+overflow-wrap:break-word}
 thead th{color:var(--soft);font-weight:600;vertical-align:bottom}
 tbody th{font-weight:500}
 .number{font-variant-numeric:tabular-nums;min-width:6.5em;white-space:nowrap}
