@@ -31,7 +31,14 @@ from wsss_models.visualise import overlay_label, overlay_maps
 
 RESULTS = "results.json"
 TRAININGS = ("classifier", "affinity", "deeplab")  # in the order of a run; others are shown after them
-OUTPUTS = {"cams": "CAM", "refined": "refined", "labels": "pseudo-label", "segmentation": "segmentation"}  # in order
+OUTPUTS = {  # folder -> title, in the order of a run
+    "cams": "CAM",
+    "refined": "refined",
+    "labels": "pseudo-label",
+    "segmentation": "segmentation",  # where it holds neither of the next
+    "segmentation/mean": "segmentation",
+    "segmentation/crf": "segmentation, CRF",
+}
 THUMBNAIL = 320  # pixels of a picture's long side on the page
 _QUALITY = 80  # of its JPEG
 _NO_LOSSES = ("step", "lr", "rate", "seconds")  # what else a line of the log holds
@@ -52,7 +59,7 @@ class Run:
 
     @property
     def missing(self) -> list[str]:
-        return [name for name in (*TRAININGS, *OUTPUTS) if not (self.path / name).is_dir()]
+        return [name for name in (*TRAININGS, *OUTPUTS) if "/" not in name and not (self.path / name).is_dir()]
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Gallery:
+    """Pictures of a split."""
+
+    title: str
     about: str
     colours: dict[str, tuple[int, int, int]] = field(default_factory=dict)  # class -> its colour in the overlays
     scored: list[str] = field(default_factory=list)  # a run each: what the scores are of
@@ -110,6 +120,8 @@ def read_run(path: Path | str) -> Run:
         except FileError as error:
             problems.append(str(error))
     outputs = {name: _files(path / name) for name in OUTPUTS if (path / name).is_dir()}
+    if any(name.startswith("segmentation/") for name in outputs):
+        del outputs["segmentation"]
     return Run(path, shown(str(results.get("system", path.name))), results, manifests, curves, outputs, problems)
 
 
@@ -152,13 +164,13 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def open_pictures(runs: Sequence[Run], data: Path | None, split: str | None) -> PictureSet:
-    """The set of the runs' pictures.
+def open_pictures(runs: Sequence[Run], data: Path | None, split: str | None) -> list[PictureSet]:
+    """The sets of the runs' pictures, one a split.
 
     Args:
         runs: of one set, which their results name.
         data: the set's folder, where it is not (or no longer) that of the results.
-        split: None = that of the last row of the first run's results, all pictures where the set knows no such split.
+        split: None = those of the results, in their order; all pictures where the set knows none of them.
 
     Raises:
         FileError: the set cannot be opened.
@@ -170,11 +182,11 @@ def open_pictures(runs: Sequence[Run], data: Path | None, split: str | None) -> 
             f"the runs must be of one set of pictures, got {', '.join(map(shown, named))} (or give --data)"
         )
     root = Path(next(iter(named)) or "?") if data is None else data
-    if split is None:
-        known = list_splits(root)
-        last = [row["split"] for row in runs[0].results["rows"] if row.get("split") in known]
-        split = last[-1] if last else None
-    return open_dataset(root, split)
+    if split is not None:
+        return [open_dataset(root, split)]
+    known = list_splits(root)
+    splits = dict.fromkeys(row.get("split") for run in runs for row in run.results["rows"])
+    return [open_dataset(root, name) for name in splits if name in known] or [open_dataset(root)]
 
 
 def make_gallery(
@@ -218,15 +230,19 @@ def make_gallery(
         f"{OUTPUTS[folder]}, mean IoU {100 * total.mean_iou():.2f} %" if total.counts.any() else ""
         for folder, total in zip(last, totals, strict=True)
     ]
+    ids = set(pictures.ids)
+    folders = [  # the same of every run: CAM under CAM
+        folder for folder in OUTPUTS if any(not ids.isdisjoint(run.outputs.get(folder, ())) for run in runs)
+    ]
     cases = {
-        heading: [_case(runs, pictures, i, scores[i], failed) for i in numbers]
+        heading: [_case(runs, pictures, i, scores[i], folders, failed) for i in numbers]
         for heading, numbers in sections.items()
         if numbers
     }
     colours = {name: _colour(c) for c, name in enumerate(pictures.classes, start=1)}
-    split = f"split {shown(pictures.split)}" if pictures.split else "all pictures"
-    about = f"{split}: {len(pictures)} pictures, {len(known)} with a score"
-    return Gallery(about, colours, scored, cases)
+    title = f"Split {pictures.split}" if pictures.split else "All pictures"
+    about = f"{len(pictures)} pictures, {len(known)} with a score"
+    return Gallery(title, about, colours, scored, cases)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -302,6 +318,7 @@ def _case(
     pictures: PictureSet,
     i: int,
     scores: list[float | None],
+    folders: Sequence[str],
     failed: Callable[[str, str], None],
 ) -> Case:
     name = pictures.ids[i]
@@ -338,7 +355,6 @@ def _case(
     except _OF_THE_FILE as error:
         failed(name, str(error))
         classes = []
-    folders = [folder for folder in OUTPUTS if any(folder in run.outputs for run in runs)]  # CAM under CAM
     made = [
         [
             panel(OUTPUTS[folder], partial(output, run.outputs.get(folder, {}).get(name)), "none of this picture")

@@ -20,12 +20,12 @@ _SECTIONS = {"results": "Results", "curves": "Training", "pictures": "Pictures",
 _NAVIGATION = "<nav>" + " ".join(f'<a href="#{name}">{text}</a>' for name, text in _SECTIONS.items()) + "</nav>"
 
 
-def page(runs: Sequence[Run], gallery: Gallery | None, problems: Sequence[str] = ()) -> str:
+def page(runs: Sequence[Run], galleries: Sequence[Gallery], problems: Sequence[str] = ()) -> str:
     """The whole document.
 
     Args:
         runs: one or more, of different names.
-        gallery: their pictures; None = none.
+        galleries: their pictures, one a split; may be empty.
         problems: what could not be used, one line each.
     """
     title = runs[0].name if len(runs) == 1 else " / ".join(run.name for run in runs)
@@ -43,7 +43,8 @@ def page(runs: Sequence[Run], gallery: Gallery | None, problems: Sequence[str] =
         '<h2 id="curves">Training</h2>',
         *_curves(runs),
         '<h2 id="pictures">Pictures</h2>',
-        *(_gallery(runs, gallery) if gallery is not None else ["<p>No pictures on this page.</p>"]),
+        *(part for gallery in galleries for part in _gallery(runs, gallery)),
+        "" if galleries else "<p>No pictures on this page.</p>",
         '<h2 id="settings">Settings</h2>',
         *(_settings(run, len(runs) > 1) for run in runs),
         "</main></body></html>\n",
@@ -154,6 +155,7 @@ def _gallery(runs: Sequence[Run], gallery: Gallery) -> Iterator[str]:
         if text
     ]
     means = f" Scores are of {'; '.join(of)}." if of else ""
+    yield f"<h3>{_text(gallery.title)}</h3>"
     yield f'<p class="soft">{_text(gallery.about)}.{means} A score is the mean IoU of one picture.</p>'
     keys = "".join(
         f'<li><span class="key" style="background:rgb({r},{g},{b})"></span>{_text(name)}</li>'
@@ -163,7 +165,7 @@ def _gallery(runs: Sequence[Run], gallery: Gallery) -> Iterator[str]:
     if not gallery.sections:
         yield "<p>No pictures to show.</p>"
     for heading, cases in gallery.sections.items():
-        yield f'<h3>{_text(heading)} <span class="soft">({len(cases)})</span></h3>'
+        yield f'<h4 class="section">{_text(heading)} <span class="soft">({len(cases)})</span></h4>'
         for case in cases:
             yield _case(runs, case)
 
@@ -171,7 +173,7 @@ def _gallery(runs: Sequence[Run], gallery: Gallery) -> Iterator[str]:
 def _case(runs: Sequence[Run], case: Case) -> str:
     classes = f' <span class="soft">{_text(", ".join(case.classes))}</span>' if case.classes else ""
     one = len(runs) == 1
-    title = f"<h4>{_text(case.name)}{_score(case.scores[0]) if one else ''}{classes}</h4>"
+    title = f"<h5>{_text(case.name)}{_score(case.scores[0]) if one else ''}{classes}</h5>"
     if one:
         strips = [_strip(case.name, [case.photograph, *case.made[0], case.truth])]
     else:

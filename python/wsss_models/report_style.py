@@ -13,7 +13,8 @@ main{max-width:1240px;margin:0 auto;padding:28px 20px 60px}
 h1{font-size:1.9rem;line-height:1.2;margin:0 0 6px;overflow-wrap:anywhere}
 h2{font-size:1.3rem;margin:44px 0 12px;padding-top:14px;border-top:1px solid var(--line)}
 h3{font-size:1.05rem;margin:26px 0 10px}
-h4{font-size:.95rem;margin:0 0 8px;overflow-wrap:anywhere}
+h4,h5{font-size:.95rem;margin:0 0 8px;overflow-wrap:anywhere}
+.section{margin:20px 0 10px}
 p{margin:0 0 10px}
 .soft{color:var(--soft);font-weight:400}
 header p{margin:0;overflow-wrap:anywhere}

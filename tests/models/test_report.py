@@ -239,6 +239,29 @@ def test_names_are_text(tmp_path):
         assert any(alt == f"photograph of {name}" for alt, _ in found.images())
 
 
+def test_a_gallery_a_split(make_run, data, tmp_path):
+    """As `wsss run` leaves it: maps of train, two segmentations of val."""
+    out, train, val = make_run(outputs=("segmentation",)), open_dataset(data, "train"), open_dataset(data, "val")
+    (out / "segmentation").rename(tmp_path / "mean")
+    for name in ("mean", "crf"):
+        shutil.copytree(tmp_path / "mean", out / "segmentation" / name)
+    for i, key in enumerate(train.ids):
+        write_label(out / "labels" / f"{key}.png", np.roll(train.mask(i), i, axis=0))
+    results = json.loads((out / "results.json").read_text())
+    rows = [row(train, out / "labels", "labels") | {"split": "train"}, *results["rows"]]
+    (out / "results.json").write_text(json.dumps({**results, "rows": rows}))
+    assert main(["report", str(out), "--pictures", "5"]) == 0
+    found = open_page(out / "report.html")
+    assert "Split train" in found.texts and "Split val" in found.texts
+    names = {
+        name: [alt for alt, _ in found.images() if alt.startswith(f"{name} of ")] for name in report.OUTPUTS.values()
+    }
+    assert [len(names[name]) for name in ("CAM", "pseudo-label", "segmentation", "segmentation, CRF")] == [0, 3, 2, 2]
+    assert all(alt.partition(" of ")[2] in val.ids for alt in names["segmentation"])
+    assert all(alt.partition(" of ")[2] in train.ids for alt in names["pseudo-label"])
+    assert "none of this picture" not in found.texts
+
+
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("runs", type=Path, nargs="+", metavar="RUN", help="folder with a results.json; several are compared")
     add("--out", type=Path, metavar="FILE.html", help="default: report.html in the first RUN")
     add("--data", type=Path, metavar="DIR", help="the pictures, where they are not where results.json says")
-    add("--split", metavar="NAME", help="of the pictures shown; default: that of the last row of the results")
+    add("--split", metavar="NAME", help="of the pictures shown; default: those in the results")
     add("--pictures", type=int, default=24, metavar="N", help="on the page, half the worst, half the best (24)")
 
 
@@ -33,12 +33,12 @@ def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     try:
         runs = read_runs(arguments.runs)
-        gallery = _gallery(arguments, runs, failures, problems)
+        galleries = _galleries(arguments, runs, failures, problems)
     except ValueError as error:
         raise UsageError(str(error)) from None
     finally:
         torch.set_num_threads(threads)
-    text = page(runs, gallery, [*problems, *failures]).encode("utf-8", "backslashreplace")
+    text = page(runs, galleries, [*problems, *failures]).encode("utf-8", "backslashreplace")
     try:
         write_atomically(out, text)
     except OSError as error:
@@ -50,23 +50,27 @@ def run(arguments: argparse.Namespace) -> int:
     return SOME_FAILED if failures else DONE
 
 
-def _gallery(
+def _galleries(
     arguments: argparse.Namespace, runs: list[Run], failures: dict[str, None], problems: list[str]
-) -> Gallery | None:
+) -> list[Gallery]:
     if not arguments.pictures:
-        return None
+        return []
     try:
-        pictures = open_pictures(runs, arguments.data, arguments.split)
+        sets = open_pictures(runs, arguments.data, arguments.split)
     except FileError as error:
         if arguments.data is not None or arguments.split is not None:
             raise
         problems.append(f"no pictures: {error} (--data says where they are)")
-        return None
-    with Progress(len(pictures)) as progress:
-        return make_gallery(
-            runs,
-            pictures,
-            arguments.pictures,
-            failed=lambda name, reason: failures.setdefault(f"{shown(name)}: {reason}"),
-            advance=progress.add,
-        )
+        return []
+    shares = [arguments.pictures // len(sets) + (k < arguments.pictures % len(sets)) for k in range(len(sets))]
+    with Progress(sum(map(len, sets))) as progress:
+        return [
+            make_gallery(
+                runs,
+                pictures,
+                share,
+                failed=lambda name, reason: failures.setdefault(f"{shown(name)}: {reason}"),
+                advance=progress.add,
+            )
+            for pictures, share in zip(sets, shares, strict=True)
+        ]
