@@ -23,6 +23,7 @@ COMMANDS = {
     "import": "CAMs that the published code pickled, to plain arrays, without running what is in them",
     "refine": "refine a folder of class activation maps to label pictures",
     "labels": "turn a folder of maps, coarse or refined, into label pictures, unsure pixels left out where wanted",
+    "report": "one HTML page of a run, or of several side by side: scores, curves, best and worst pictures, settings",
 }
 _MODULES = {"import": "import_cams"}  # where the command's name cannot be a module's
 _EXTRAS = {"PIL": "cli", "tqdm": "cli", "skimage": "demo", "lightning_fabric": "train"}
