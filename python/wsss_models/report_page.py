@@ -144,7 +144,7 @@ def _curves(runs: Sequence[Run]) -> Iterator[str]:
     if not charts:
         yield "<p>No training log in this run.</p>"
         return
-    yield '<p class="soft">Loss terms by step, faint as they are, and smoothed; the numbers are the last smoothed ones.</p>'
+    yield '<p class="soft">Loss terms by step, faint as they are, and smoothed; the numbers are the last, smoothed.</p>'
     yield f'<div class="charts">{"".join(charts)}</div>'
 
 
