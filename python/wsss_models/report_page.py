@@ -58,7 +58,7 @@ def _summary(runs: Sequence[Run]) -> str:
 
 def _about(run: Run, named: bool) -> str:
     facts = [f"<b>{_text(run.name)}</b>"] if named else []
-    for key in ("preset", "seed", "data"):
+    for key in ("preset", "refiner", "seed", "data"):
         if key in run.results:
             facts.append(f"{key} {_text(run.results[key])}")
     times = {k: v for k, v in run.results["stages"].items() if isinstance(v, (int, float)) and math.isfinite(v)}
@@ -144,7 +144,7 @@ def _curves(runs: Sequence[Run]) -> Iterator[str]:
     if not charts:
         yield "<p>No training log in this run.</p>"
         return
-    yield '<p class="soft">Loss terms by step, faint as they are and smoothed; beside the names the last values.</p>'
+    yield '<p class="soft">Loss terms by step, faint as they are, and smoothed; the numbers are the last, smoothed.</p>'
     yield f'<div class="charts">{"".join(charts)}</div>'
 
 
