@@ -57,13 +57,11 @@ ADAPTIVE = {maps: Configuration(128, {"CHANNELS": maps, "PIXELS": 128}) for maps
 ADAPTIVE_GRADIENT = {maps: Configuration(128, {"CHANNELS": maps, "PIXELS": 128}, registers=128) for maps in (1, 4)}
 ATTENTION_STATISTICS = Configuration(128, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS": 16})
 ATTENTION = Configuration(256, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS": 16, "OUT": 128})  # 128 threads spill
-ATTENTION_GRADIENT = Configuration(128, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS": 16, "OUT": 64})
+ATTENTION_GRADIENT = Configuration(128, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS": 16, "OUT": 64}, registers=255)
 CONTEXT = Configuration(128, {"CHANNELS": 16, "PIXELS": 64})
 CONTEXT_GRADIENT = Configuration(128, {"CHANNELS": 16, "PIXELS": 64})
-
-
 HISTOGRAM = {  # by words at once; 64 x 128 and 128 x 64 spill on sm_90
-    words: Configuration(256, {"WORDS": words, "PIXELS": pixels, "DEPTH": 32})
+    words: Configuration(256, {"WORDS": words, "PIXELS": pixels, "DEPTH": 32}, registers=255)
     for words, pixels in ((64, 64), (128, 32), (256, 32))
 }
 PYRAMID = Configuration(32, {"BLOCK": 64})  # windows of 7 x 7 pixels are common
