@@ -43,7 +43,6 @@ def test_train_and_cams(folder, tmp_path, capsys):
     assert cams.shape == (2, 10, 12)
 
 
-@pytest.mark.skipif(not hasattr(wk, "affinity_loss"), reason="this engine has no affinity_loss")
 @pytest.mark.parametrize("system", ["affinitynet", "irnet"])
 def test_stages_that_train_on_cams(folder, tmp_path, capsys, system):
     for i in range(6):

@@ -20,8 +20,6 @@ from wsss_models.data.masks import read_mask
 from wsss_models.data.synth import Settings, write_set
 from wsss_models.evaluate import Confusion
 
-import wsss_kernels as wk
-
 SMALL = ["epochs=10", "batch_size=8", "crop=48", "width=8"]  # 3 steps an epoch
 NAMES = ["background", "alpha", "beta", "gamma"]
 
@@ -126,7 +124,6 @@ def test_a_killed_run_ends_with_the_same_numbers(scenes, tmp_path, capsys):
     assert "another refiner" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not hasattr(wk, "affinity_loss"), reason="this engine has no affinity_loss")
 @pytest.mark.parametrize("system", ["affinitynet", "irnet"])
 def test_systems_with_a_network_of_affinities(scenes, tmp_path, capsys, system):
     more = [word for setting in ("classifier.epochs=3", "affinity.epochs=2") for word in ("--set", setting)]

@@ -13,9 +13,6 @@ from wsss_models.systems import SYSTEMS, as_dict, from_dict, preset, system, wit
 
 import wsss_kernels as wk
 
-needs_affinity_loss = pytest.mark.skipif(
-    not hasattr(wk, "affinity_loss"), reason="this engine has no affinity_loss, which the affinity stages train on"
-)
 MAKE_CAMS = [name for name in SYSTEMS if hasattr(system(name).Model, "cams")]
 PRESETS = [(name, which) for name in MAKE_CAMS for which in system(name).PRESETS]
 
@@ -86,7 +83,6 @@ def pair_loss(link, labels, radius):
     return sum(share * sums[kind] / counts[kind] for kind, share in (("bg", 0.25), ("fg", 0.25), ("neg", 0.5)))
 
 
-@needs_affinity_loss
 def test_affinity_stage_loss():
     config = replace(affinitynet.PRESETS["tiny"], num_classes=3, radius=3, border="cropped")
     model = affinitynet.Model(config).double().eval()
@@ -111,7 +107,6 @@ def test_affinity_stage_loss():
     assert (weight.grad * step).sum().item() == pytest.approx((above - below) / 2, rel=1e-4)
 
 
-@needs_affinity_loss
 def test_boundary_stage_loss():
     config = replace(irnet.PRESETS["tiny"], num_classes=3, radius=3)
     model = irnet.Model(config).double().eval()
@@ -160,7 +155,6 @@ def test_every_preset_runs_forward(name, which):
     assert sorted(map(id, learning)) == sorted(id(p) for group in groups for p in group["params"])
 
 
-@needs_affinity_loss
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_default_is_published_and_batches_are_checked(name):
     config = preset(name)
