@@ -2,7 +2,6 @@
 
 import collections
 import copy
-import gc
 import os
 
 import pytest
@@ -96,37 +95,33 @@ def test_fullgraph():
     assert bank.lengths.tolist() == [1, 0, 1]
 
 
-class _Banked(torch.nn.Module):
-    def __init__(self, rank, gather):
-        super().__init__()
-        self.bank = wk.MemoryBank(3, 2, capacity=4, gather=gather)
-        self.layer = torch.nn.Linear(2, 2)
-        self.register_buffer("counter", torch.full((), float(rank)))
-
-    def forward(self, x, ids):
-        y = self.layer(x)
-        self.bank.push(x, ids)
-        return y
-
-
-def _three_steps(rank, gather):
-    model = torch.nn.parallel.DistributedDataParallel(_Banked(rank, gather))
-    for step in range(3):
-        count = 1 + rank * step  # in step 0 as many on both, then more on the second
-        x = torch.full((count, 2), 10.0 * rank + step)
-        model(x, torch.full((count,), rank)).sum().backward()
-    return model.module.counter, model.module.bank.state_dict()
-
-
 def _in_process(rank, file, results, gather):
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    torch.save(_three_steps(rank, gather), f"{results}.{rank}")
-    # The wrapped model shares the group. While it lives, gloo's threads outlive the next line, and one that lets go of
-    # a tensor after the interpreter has ended aborts the process.
-    gc.collect()
-    torch.distributed.destroy_process_group()
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bank = wk.MemoryBank(3, 2, capacity=4, gather=gather)
+            self.layer = torch.nn.Linear(2, 2)
+            self.register_buffer("counter", torch.full((), float(rank)))
+
+        def forward(self, x, ids):
+            y = self.layer(x)
+            self.bank.push(x, ids)
+            return y
+
+    model = torch.nn.parallel.DistributedDataParallel(Model())
+    for step in range(3):
+        count = 1 + rank * step  # in step 0 as many on both, then more on the second
+        x = torch.full((count, 2), 10.0 * rank + step)
+        model(x, torch.full((count,), rank)).sum().backward()
+    inner = model.module
+    torch.save((inner.counter, inner.bank.state_dict()), f"{results}.{rank}")
+    # A wrapped model never lets go of its group, destroyed or not. Its threads may still hold tensors of the last
+    # collective, and one that frees them while the interpreter ends aborts the process: end without that.
+    os._exit(0)
 
 
 @pytest.mark.parametrize("gather", ["own", "all"])
