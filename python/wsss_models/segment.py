@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def write_segmentation(
     scales: tuple[float, ...] = (0.75, 1.0, 1.25),
     flip: bool = True,
     crf: bool = False,
+    labelled: bool = False,
     source: str = "",
     normalisation: str = "imagenet",
     device: torch.device | str = "cpu",
@@ -74,17 +76,18 @@ def write_segmentation(
     failed: Callable[[str, str], None] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> tuple[int, int]:
-    """Write one label PNG a picture; no label of the set is looked at.
+    """Write one label PNG a picture; no label of the set is looked at, unless `labelled`.
 
     What is there with the same settings is kept, so that the same call goes on where an interrupted one stopped.
 
     Args:
-        model: has `scores`; its mode and device are changed.
+        model: has `scores` (`labelled_scores`); its mode and device are changed.
         pictures: the set.
         out: folder; an id "sub/name" becomes "sub/name.png".
         scales: of the pictures; the network's probabilities are averaged over them.
         flip: average over the flipped pictures, too.
         crf: label by the marginals of the dense CRF instead of the mean.
+        labelled: only classes of the picture's image-level label, by `labelled_scores` of the model: for training labels.
         source: what tells the weights apart (`run_hash`); part of the settings.
         normalisation: of the pictures, as in training.
         workers: processes that read pictures; 0 = none but this one.
@@ -104,6 +107,7 @@ def write_segmentation(
     crf_settings = CRF if crf else None
     settings: dict[str, Any] = {"format": _FORMAT, "scales": list(scales), "flip": flip, "crf": crf_settings}
     settings |= {"source": source, "normalisation": normalisation}
+    settings |= {"labelled": True} if labelled else {}
     remove_stale(out)
     numbers, texts, kept = [], {}, 0
 
@@ -137,8 +141,13 @@ def write_segmentation(
                 tell(i, item["error"])
                 continue
             pyramid = [level[None].to(device) for level in item["pyramid"]]
+            scores = model.scores
+            if labelled:
+                label = torch.zeros(len(pictures.classes), device=device)
+                label[torch.as_tensor(item["class_ids"] - 1, device=device)] = 1
+                scores = partial(model.labelled_scores, label=label)
             try:
-                mean = merged_scores(model.scores, pyramid, tuple(item["size"]), flip=flip)
+                mean = merged_scores(scores, pyramid, tuple(item["size"]), flip=flip)
                 if crf:
                     image = torch.from_numpy(pictures.image(i)).permute(2, 0, 1)[None].to(device)
                     mean = with_crf(image, mean)

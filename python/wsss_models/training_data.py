@@ -18,7 +18,7 @@ import wsss_kernels as wk
 from wsss_models.data.artefacts import FileError, png_settings
 from wsss_models.data.files import fingerprint, read_maps, write_label
 from wsss_models.data.folder import inside
-from wsss_models.data.masks import read_mask
+from wsss_models.data.masks import read_grey, read_mask
 from wsss_models.data.pictures import PictureSet
 from wsss_models.data.samples import Samples
 from wsss_models.recipe import Recipe
@@ -36,8 +36,19 @@ def needs_masks(module: ModuleType) -> bool:
     return getattr(module, "TRAINS_ON_MASKS", False)
 
 
+def takes_saliency(module: ModuleType) -> bool:
+    """Whether a system can make use of saliency maps."""
+    return getattr(module, "TAKES_SALIENCY", False)
+
+
 def samples_of(
-    module: ModuleType, config: Any, pictures: PictureSet, *, seed: int = 0, labels: Path | None = None
+    module: ModuleType,
+    config: Any,
+    pictures: PictureSet,
+    *,
+    seed: int = 0,
+    labels: Path | None = None,
+    saliency: Path | None = None,
 ) -> Samples:
     """The augmented samples that the loss of a system takes.
 
@@ -48,6 +59,8 @@ def samples_of(
         seed: of the augmentations.
         labels: folder of label PNGs of the pictures' sizes (0 background, 255 not sure), where the stage needs them; a
             system that trains on masks takes the set's own without it.
+        saliency: folder of saliency PNGs of the pictures' sizes (grey, 0..255), where the system takes them
+            (`takes_saliency`); its samples then have "saliency" [1, h, w] in 0..1, 0 in the padding.
     """
     recipe: Recipe = config.recipe
     if needs_masks(module):
@@ -55,7 +68,8 @@ def samples_of(
             return Samples(pictures, recipe.augment(), seed=seed, mask=True)
         return Samples(pictures, recipe.augment(), seed=seed, maps={"mask": partial(_label, pictures, labels)})
     if not needs_affinity_labels(module, config):
-        return Samples(pictures, recipe.augment(), seed=seed)
+        maps = {} if saliency is None else {"saliency": partial(_saliency, pictures, saliency)}
+        return Samples(pictures, recipe.augment(), seed=seed, maps=maps)
     if labels is None:
         raise ValueError("labels must be a folder of label PNGs for this stage, got None")
     stride = module.STRIDE
@@ -67,7 +81,7 @@ def samples_of(
 
 
 def labels_hash(pictures: PictureSet, labels: Path) -> str:
-    """Tells folders of label PNGs apart by the bytes of the files of this set.
+    """Tells folders of label or saliency PNGs apart by the bytes of the files of this set.
 
     Raises:
         FileError: a picture has none.
@@ -151,6 +165,10 @@ def write_training_labels(
 
 def _label(pictures: PictureSet, labels: Path, i: int) -> np.ndarray:
     return read_mask(inside(labels, pictures.ids[i], ".png"), num_classes=len(pictures.classes))
+
+
+def _saliency(pictures: PictureSet, folder: Path, i: int) -> np.ndarray:
+    return read_grey(inside(folder, pictures.ids[i], ".png"))[None].astype(np.float32) / 255
 
 
 def _shrunk(shrink: Callable[[torch.Tensor], torch.Tensor], sample: dict[str, Any]) -> dict[str, Any]:

@@ -21,13 +21,25 @@ from wsss_models.segment import write_segmentation
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--run", type=Path, required=True, metavar="DIR", help="the --out of wsss train deeplab", dest="training")
+    add(
+        "--run",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the --out of wsss train deeplab or mcic",
+        dest="training",
+    )
     add("--data", type=Path, required=True, metavar="DIR", help="PASCAL VOC, COCO, or pictures with a labels.csv")
     add("--split", metavar="NAME", help="of the set, or a file with one id a line; default: all pictures")
     add("--out", type=Path, required=True, metavar="DIR", help="label PNGs (VOC palette) go here")
     add("--scales", default="0.75,1,1.25", metavar="S,S,...", help="of the picture, averaged over (0.75,1,1.25)")
     add("--no-flip", action="store_true", help="leave the flipped pictures out of the mean")
     add("--crf", action="store_true", help="a dense CRF over the mean: gaussian 3, 3; bilateral 80, 13, 10; 10 times")
+    add(
+        "--labelled",
+        action="store_true",
+        help="mcic: by its memory, only the classes of each picture's label: training labels for another network",
+    )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="cpu|cuda")
     add("--workers", type=int, default=2, metavar="N", help="processes that read pictures (2)")
     add("--shard", metavar="i/n", help="take every n-th picture from the i-th on; default: torchrun's, or 0/1")
@@ -46,7 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     if not hasattr(model, "scores"):
-        raise UsageError(f"--run must be of deeplab, got {manifest['system']}; its maps are those of wsss cams")
+        raise UsageError(f"--run must be of deeplab or mcic, got {manifest['system']}; its maps are those of wsss cams")
+    if arguments.labelled and not hasattr(model, "labelled_scores"):
+        raise UsageError(f"--labelled must be with a system that has a memory (mcic), got {manifest['system']}")
     if list(pictures.classes) != manifest.get("classes", list(pictures.classes)):
         raise UsageError(f"--data must have the classes of --run, {manifest['classes']}, got {list(pictures.classes)}")
     failures = 0
@@ -67,6 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
                 scales=scales,
                 flip=not arguments.no_flip,
                 crf=arguments.crf,
+                labelled=arguments.labelled,
                 source=run_hash(arguments.training),
                 normalisation=manifest["config"]["recipe"]["normalisation"],
                 device=device,

@@ -22,6 +22,7 @@ from wsss_models.training_data import (
     needs_affinity_labels,
     needs_masks,
     samples_of,
+    takes_saliency,
     write_training_labels,
 )
 
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="such labels (PNG, 255 = not sure) made elsewhere; deeplab: pseudo-labels, or masks: the set's own",
     )
+    add("--saliency", type=Path, metavar="DIR", help="mcic: saliency maps, one grey PNG a picture (0..255)")
     add("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, where there is one")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: a GPU where there is one")
@@ -80,6 +82,10 @@ def _run(arguments: argparse.Namespace) -> int:
         about["labels"] = MASKS if labels is None else labels_hash(pictures, labels)
     elif needs_affinity_labels(module, config):
         labels = _training_labels(arguments, pictures)
+    if arguments.saliency is not None:
+        if not takes_saliency(module):
+            raise UsageError(f"--saliency is for systems that take such maps, which {arguments.system} does not")
+        about["saliency"] = labels_hash(pictures, arguments.saliency)
     torch.manual_seed(arguments.seed)
     model = module.Model(config)
     if arguments.weights is not None:
@@ -91,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
     losses = train(
         model,
-        samples_of(module, config, pictures, seed=arguments.seed, labels=labels),
+        samples_of(module, config, pictures, seed=arguments.seed, labels=labels, saliency=arguments.saliency),
         arguments.out,
         seed=arguments.seed,
         resume=arguments.resume,

@@ -63,6 +63,32 @@ def read_mask(path: Path | str, *, num_classes: int = MAX_CLASS_ID) -> np.ndarra
     return ids
 
 
+def read_grey(path: Path | str) -> np.ndarray:
+    """A grey PNG of 8 bits, such as a saliency map: [H, W] uint8.
+
+    Raises:
+        FileError: missing, damaged, or of another kind.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise FileError(
+                    path, f"map must have at most {MAX_PIXELS:,} pixels, got {image.width} x {image.height}"
+                )
+            if image.mode != "L":
+                raise FileError(path, f"map must be a grey PNG of 8 bits (0..255), got one of mode {image.mode}")
+            return np.array(image)
+    except FileError:
+        raise
+    except UnidentifiedImageError:
+        raise FileError(path, "map must be a PNG") from None
+    except OSError as error:
+        raise FileError(path, (error.strerror or str(error)).rstrip(".")) from error
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FileError(path, f"damaged map ({error})") from error
+
+
 def _ids(image: Image.Image, path: Path) -> np.ndarray:
     if image.mode in ("P", "L", "1"):
         return np.array(image, dtype=np.uint8)
