@@ -36,6 +36,8 @@ OUTPUTS = {  # folder -> title, in the order of a run
     "refined": "refined",
     "labels": "pseudo-label",
     "segmentation": "segmentation",  # where it holds neither of the next
+    "segmentation/mcic": "segmentation, one stage",
+    "segmentation/mcic-crf": "segmentation, one stage, CRF",
     "segmentation/mean": "segmentation",
     "segmentation/crf": "segmentation, CRF",
 }

@@ -87,7 +87,7 @@ def write_segmentation(
         scales: of the pictures; the network's probabilities are averaged over them.
         flip: average over the flipped pictures, too.
         crf: label by the marginals of the dense CRF instead of the mean.
-        labelled: by `labelled_scores` of the model, only classes of the picture's image-level label: for training labels.
+        labelled: by the model's `labelled_scores`, only classes of the picture's image-level label: training labels.
         source: what tells the weights apart (`run_hash`); part of the settings.
         normalisation: of the pictures, as in training.
         workers: processes that read pictures; 0 = none but this one.

@@ -18,11 +18,18 @@ from wsss_models.cli.results import Row, of_labels, of_maps, table
 from wsss_models.data.artefacts import shown, write_atomically
 from wsss_models.data.dataset import open_dataset
 from wsss_models.data.pictures import PictureSet
-from wsss_models.systems import preset, with_settings
+from wsss_models.systems import preset, system, with_settings
 from wsss_models.train import data_hash
+from wsss_models.training_data import takes_saliency
 
-SYSTEMS = {"classifier": "image", "affinitynet": "affinitynet", "irnet": "irnet"}  # and the refiner of each
+SYSTEMS = {  # and the refiner of each
+    "classifier": "image",
+    "affinitynet": "affinitynet",
+    "irnet": "irnet",
+    "mcic": "mcic",
+}
 TRAINED = ("affinitynet", "irnet")  # refiners that have a network of their own
+ONE_STAGE = ("mcic",)  # segment themselves, and label pictures of known classes: a refiner of their own
 STAGES = ("classifier", "affinity", "deeplab")  # that learn, and take settings
 SETTINGS, RESULTS = "run.json", "results.json"
 
@@ -44,6 +51,7 @@ class Plan:
     settings: tuple[str, ...]
     weights: str | None
     segmentation_weights: str | None
+    saliency: str | None
 
 
 class FailedError(Exception):
@@ -61,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refiner",
         metavar="NAME[,NAME]",
         help="image, par, crf or other methods of wsss refine, in turn; affinitynet or irnet; none; default: the "
-        "system's own, image for classifier",
+        "system's own, image for classifier; mcic, with itself only: by its memory",
     )
     add("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
     add("--split", default="train", metavar="NAME", help="that is learnt from (train)")
@@ -73,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="public weights of deeplab's backbone; default: the classifier's where it is the same",
     )
+    add("--saliency", type=Path, metavar="DIR", help="mcic: saliency maps, one grey PNG a picture (0..255)")
     add("--scales", default="0.75,1,1.25", metavar="S,S,...", help="of the pictures that are segmented (0.75,1,1.25)")
     add(
         "--set",
@@ -104,8 +113,12 @@ def _plan(arguments: argparse.Namespace, train: PictureSet, val: PictureSet) -> 
     if arguments.system not in SYSTEMS:
         raise UsageError(f"system must be one of {', '.join(SYSTEMS)}, got {arguments.system!r}")
     refiner = arguments.refiner or SYSTEMS[arguments.system]
-    if "," in refiner and set(refiner.split(",")) & {*TRAINED, "none"}:
-        raise UsageError(f"--refiner {', '.join(TRAINED)} and none stand alone, got {refiner}")
+    if "," in refiner and set(refiner.split(",")) & {*TRAINED, *ONE_STAGE, "none"}:
+        raise UsageError(f"--refiner {', '.join((*TRAINED, *ONE_STAGE))} and none stand alone, got {refiner}")
+    if refiner in ONE_STAGE and refiner != arguments.system:
+        raise UsageError(f"--refiner {refiner} is for the system {refiner}, got {arguments.system}")
+    if arguments.saliency is not None and not takes_saliency(system(arguments.system)):
+        raise UsageError(f"--saliency is for systems that take such maps, which {arguments.system} does not")
     tiny = "tiny" if arguments.preset == "tiny" else "published"
     return Plan(
         system=arguments.system,
@@ -121,6 +134,7 @@ def _plan(arguments: argparse.Namespace, train: PictureSet, val: PictureSet) -> 
         settings=tuple(arguments.set),
         weights=None if arguments.weights is None else shown(arguments.weights),
         segmentation_weights=None if arguments.segmentation_weights is None else shown(arguments.segmentation_weights),
+        saliency=None if arguments.saliency is None else shown(arguments.saliency),
     )
 
 
@@ -146,8 +160,11 @@ class _Stages:
         self._stage("deeplab", self._train_deeplab)
         self._stage("segmentation", self._segment)
         rows = of_maps("CAM", self._train, out / "cams")
+        scales = f"scales {plan.scales}, flipped too"
         if plan.refiner == "none":
             note = "of the CAMs, each picture's threshold found without masks"
+        elif plan.refiner in ONE_STAGE:
+            note = f"by the memory of {plan.refiner}, of each picture's classes, {scales}"
         elif plan.refiner in TRAINED:
             note = f"spread by {plan.refiner}"
             rows.append(of_labels("refined", self._train, out / "labels", f"{note}; the pseudo-labels are the same"))
@@ -155,7 +172,11 @@ class _Stages:
             note = "of the refined maps, each picture's threshold found without masks"
             rows += of_maps("refined", self._train, out / "refined")
         rows.append(of_labels("labels", self._train, out / "labels", note))
-        scales = f"scales {plan.scales}, flipped too"
+        if plan.system in ONE_STAGE:
+            own = out / "segmentation" / plan.system
+            rows.append(of_labels(plan.system, self._val, own, f"its own segmentation, {scales}"))
+            crf = own.with_name(f"{own.name}-crf")
+            rows.append(of_labels(f"{plan.system}+CRF", self._val, crf, f"{scales}; dense CRF"))
         rows.append(of_labels("deeplab", self._val, out / "segmentation" / "mean", scales))
         rows.append(of_labels("deeplab+CRF", self._val, out / "segmentation" / "crf", f"{scales}; dense CRF"))
         self._report(rows)
@@ -167,6 +188,8 @@ class _Stages:
         if plan.system == "affinitynet":
             name = "published-classifier" if plan.preset == "published" else f"{plan.preset}-classifier"
             classifier = ("affinitynet", name)
+        elif plan.system in ONE_STAGE:
+            classifier = (plan.system, plan.preset)
         networks = {"classifier": classifier, "deeplab": ("deeplab", plan.segmentation)}
         if plan.refiner in TRAINED:
             networks["affinity"] = (plan.refiner, plan.preset)
@@ -174,8 +197,8 @@ class _Stages:
             stage, dot, _ = setting.partition("=")[0].partition(".")
             if dot and stage in STAGES and stage not in networks:
                 raise UsageError(f"--set {setting}: this run has no stage {stage}")
-        for stage, (system, which) in networks.items():
-            with_settings(preset(system, which), self._settings(stage))
+        for stage, (name, which) in networks.items():
+            with_settings(preset(name, which), self._settings(stage))
         return networks
 
     def _settings(self, stage: str) -> list[str]:
@@ -222,7 +245,9 @@ class _Stages:
             self._write(SETTINGS, {"plan": asdict(self._plan), "seconds": self._seconds})
 
     def _train_classifier(self) -> None:
-        self._fit("classifier", self._out / "classifier", self._plan.split, self._arguments.weights)
+        maps = self._arguments.saliency
+        more = [] if maps is None else [f"--saliency={maps}"]
+        self._fit("classifier", self._out / "classifier", self._plan.split, self._arguments.weights, more)
 
     def _write_cams(self) -> None:
         inputs = [f"--run={self._out / 'classifier'}", f"--data={self._arguments.data}", f"--split={self._plan.split}"]
@@ -240,6 +265,9 @@ class _Stages:
             device = f"--device={self._device}"
             self._call("spread", [*inputs, f"--cams={out / 'cams'}", f"--out={out / 'labels'}", device])
             return
+        if self._plan.refiner in ONE_STAGE:
+            self._segment_by("classifier", self._plan.split, out / "labels", "--labelled")
+            return
         ids = out / "ids.txt"
         write_atomically(ids, "".join(f"{name}\n" for name in self._train.ids).encode("utf-8", "surrogateescape"))
         shared = [f"--images={_root_of(self._train)}", f"--cams={out / 'cams'}", f"--out={out / 'labels'}"]
@@ -255,10 +283,17 @@ class _Stages:
         self._fit("deeplab", self._out / "deeplab", self._plan.split, weights, labels)
 
     def _segment(self) -> None:
-        inputs = [f"--run={self._out / 'deeplab'}", f"--data={self._arguments.data}", f"--split={self._plan.val_split}"]
+        out, split = self._out / "segmentation", self._plan.val_split
+        if self._plan.system in ONE_STAGE:
+            self._segment_by("classifier", split, out / self._plan.system)
+            self._segment_by("classifier", split, out / f"{self._plan.system}-crf", "--crf")
+        self._segment_by("deeplab", split, out / "mean")
+        self._segment_by("deeplab", split, out / "crf", "--crf")
+
+    def _segment_by(self, stage: str, split: str, out: Path, *more: str) -> None:
+        inputs = [f"--run={self._out / stage}", f"--data={self._arguments.data}", f"--split={split}", f"--out={out}"]
         inputs += [f"--scales={self._plan.scales}", f"--device={self._device}", f"--workers={self._arguments.workers}"]
-        self._call("segment", [*inputs, f"--out={self._out / 'segmentation' / 'mean'}"])
-        self._call("segment", [*inputs, "--crf", f"--out={self._out / 'segmentation' / 'crf'}"])
+        self._call("segment", [*inputs, *more])
 
     def _of_classifier(self, stage: str) -> Path | None:
         """The weights that a stage starts from, where its backbone is the classifier's."""
@@ -272,8 +307,8 @@ class _Stages:
         return None
 
     def _fit(self, stage: str, out: Path, split: str, weights: Path | None, more: Sequence[str] = ()) -> None:
-        system, which = self._networks[stage]
-        words = [system, f"--data={self._arguments.data}", f"--split={split}", f"--out={out}", f"--preset={which}"]
+        name, which = self._networks[stage]
+        words = [name, f"--data={self._arguments.data}", f"--split={split}", f"--out={out}", f"--preset={which}"]
         words += [f"--seed={self._plan.seed}", f"--device={self._device}", f"--workers={self._arguments.workers}"]
         words += [f"--set={setting}" for setting in self._settings(stage)]
         words += [] if weights is None else [f"--weights={weights}"]
