@@ -108,7 +108,7 @@ _TINY = Config(
     dropout=0.0,
     warm_up=0.5,
     recipe=Recipe(
-        epochs=20, batch_size=16, lr=0.05, lr_multiples=(1, 1, 1, 1), weight_decay=5e-4, momentum=0.9, crop=96
+        epochs=40, batch_size=16, lr=0.05, lr_multiples=(1, 1, 1, 1), weight_decay=5e-4, momentum=0.9, crop=96
     ),
 )
 PRESETS = {
