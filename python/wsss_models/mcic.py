@@ -53,7 +53,7 @@ class Config:
     cam_threshold: float = 0.1  # a seed's pixel is known where its best map is at least this
     saliency_threshold: float = 0.1  # below, a saliency map says background
     saliency_weight: float = 0.5  # of the saliency map in the background of the seed from s~
-    background: float = 4.0  # without saliency maps the background is (1 - max)^background of the class maps
+    background: float = 8.0  # without saliency maps the background is (1 - max)^background: 8 is a threshold of 0.2
     memory: str = "prototypes"  # what it holds: a context a class and image, every confident pixel, or "none"
     capacity: int = 64  # entries a class
     confidence: str = "segmentation"  # the scores that contexts are weighted by: of s, or of h and the background
