@@ -13,6 +13,7 @@ pytest.importorskip("PIL")
 from PIL import Image
 from wsss_models import mcic
 from wsss_models.cli.main import main
+from wsss_models.data.dataset import open_dataset
 from wsss_models.data.files import fingerprint
 from wsss_models.data.synth import Settings, write_set
 from wsss_models.systems import preset, system
@@ -471,8 +472,6 @@ def test_a_run_with_saliency_maps(scenes, tmp_path, capsys):
     names = ["CAM best", "CAM free", "labels", "mcic", "mcic+CRF", "deeplab", "deeplab+CRF"]
     assert [(row["stage"], row["split"]) for row in rows] == list(zip(names, ["train"] * 3 + ["val"] * 4, strict=True))
     assert all(0 <= row["miou"] <= 1 for row in rows)
-    from wsss_models.data.dataset import open_dataset
-
     pictures = open_dataset(scenes, "train")
     for i, name in enumerate(pictures.ids):
         label = np.array(Image.open(out / "labels" / f"{name}.png"))
@@ -481,6 +480,10 @@ def test_a_run_with_saliency_maps(scenes, tmp_path, capsys):
     assert main(arguments) == 0  # nothing is done twice
     assert "12 already done" in capsys.readouterr().out
     assert before == {p: fingerprint(p) for p in (out / "labels").iterdir()}
+    assert main(["report", f"{out}"]) == 0
+    page = (out / "report.html").read_text()
+    assert "segmentation, one stage" in page and "attention" in page
+    capsys.readouterr()
     assert main(words("run", "mcic", scenes, out, "--scales=1")) == 2
     assert "another saliency" in capsys.readouterr().err
 
@@ -488,8 +491,6 @@ def test_a_run_with_saliency_maps(scenes, tmp_path, capsys):
 def test_saliency_of_samples(scenes, tmp_path, capsys):
     maps = tmp_path / "saliency"
     saliency_maps(scenes, maps)
-    from wsss_models.data.dataset import open_dataset
-
     pictures = open_dataset(scenes, "train")
     config = replace(mcic.PRESETS["tiny"], num_classes=3)
     config = replace(config, recipe=replace(config.recipe, crop=64, flip=False))
