@@ -53,7 +53,7 @@ class Config:
     cam_threshold: float = 0.1  # a seed's pixel is known where its best map is at least this
     saliency_threshold: float = 0.1  # below, a saliency map says background
     saliency_weight: float = 0.5  # of the saliency map in the background of the seed from s~
-    background: float = 8.0  # without saliency maps the background is (1 - max)^background: 8 is a threshold of 0.2
+    background: float = 22.0  # without saliency maps the background is (1 - max)^background: 22 is a threshold of 0.1
     memory: str = "prototypes"  # what it holds: a context a class and image, every confident pixel, or "none"
     capacity: int = 64  # entries a class
     confidence: str = "segmentation"  # the scores that contexts are weighted by: of s, or of h and the background
@@ -104,11 +104,18 @@ _TINY = Config(
     width=24,
     norm="train",
     head_width=None,
-    rates=(1,),  # a grid of 12 x 12
+    rates=(1, 2, 3, 4),  # a grid of 12 x 12
     dropout=0.0,
     warm_up=0.5,
     recipe=Recipe(
-        epochs=40, batch_size=16, lr=0.05, lr_multiples=(1, 1, 1, 1), weight_decay=5e-4, momentum=0.9, crop=96
+        epochs=40,
+        batch_size=16,
+        lr=0.05,
+        lr_multiples=(1, 1, 1, 1),
+        weight_decay=5e-4,
+        momentum=0.9,
+        crop=96,
+        scale=(0.75, 1.25),
     ),
 )
 PRESETS = {

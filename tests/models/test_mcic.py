@@ -493,7 +493,7 @@ def test_saliency_of_samples(scenes, tmp_path, capsys):
     saliency_maps(scenes, maps)
     pictures = open_dataset(scenes, "train")
     config = replace(mcic.PRESETS["tiny"], num_classes=3)
-    config = replace(config, recipe=replace(config.recipe, crop=64, flip=False))
+    config = replace(config, recipe=replace(config.recipe, crop=64, scale=None, flip=False))
     sample = samples_of(system("mcic"), config, pictures, saliency=maps)[0]
     assert sample["saliency"].shape == (1, 64, 64) and sample["saliency"].dtype == torch.float32
     original = np.array(Image.open(maps / f"{pictures.ids[0]}.png")) / 255
