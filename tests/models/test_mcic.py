@@ -12,6 +12,7 @@ import torch.nn.functional as F
 pytest.importorskip("PIL")
 from PIL import Image
 from wsss_models import mcic
+from wsss_models.backbones import build_backbone, load_model
 from wsss_models.cli.main import main
 from wsss_models.data.dataset import open_dataset
 from wsss_models.data.files import fingerprint
@@ -406,6 +407,19 @@ def test_published_settings():
     assert tens == last | {name for name, _ in model.named_parameters() if name.startswith("propagation.")}
     wide = mcic.Model(replace(preset("mcic", "resnet101_aspp"), num_classes=4, width=4))
     assert [c.dilation[0] for c in wide.segmentation.last()] == [6, 12, 18, 24] and not wide.segmentation.hidden()
+
+
+def test_public_weights_of_vgg16():
+    """The convolutions are loaded; the classifier's fc6 to fc8, of whatever heads, are left out."""
+    torch.manual_seed(0)
+    model, source = mcic.Model(replace(preset("mcic"), num_classes=2, head_width=8)), build_backbone("vgg16", width=8)
+    weights = {**source.state_dict(), "fc6_1.weight": torch.zeros(1), "fc8.weight": torch.zeros(1)}
+    load_model(model, weights, source="vgg16.pth")
+    assert all(torch.equal(value, weights[name]) for name, value in model.backbone.state_dict().items())
+    x = torch.randn(1, 3, 24, 32)
+    conv5 = source.features(x)[1]
+    pooled = F.avg_pool2d(F.max_pool2d(conv5, 3, 1, 1), 3, 1, 1)
+    torch.testing.assert_close(model.features(x), pooled)
 
 
 def test_memory_bank_is_the_engines():
