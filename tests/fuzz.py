@@ -249,8 +249,19 @@ def crf_call():
         unary,
         **some(
             iterations=(1, draw.choice([0, 1, 2, 3] * 9 + [n for n in NUMBERS if type(n) is not int or abs(n) < 100])),
-            gaussian=(0.3, draw.choice([(1, 3), (3.0, 3.0), (0, 1), (1, nan), *NUMBERS])),
-            bilateral=(0.3, draw.choice([(80, 13, 10), (5.0, 3.0, 0), (inf, 1, 1), (1e-9, 1, 1), *NUMBERS])),
+            gaussian=(0.3, draw.choice([(1, 3), (3.0, 3.0), (0, 1), (draw.choice(NUMBERS), 3), *NUMBERS])),
+            bilateral=(
+                0.3,
+                draw.choice(
+                    [
+                        (80, 13, 10),
+                        (5.0, 3.0, 0),
+                        (80, draw.choice(NUMBERS), 10),
+                        (draw.choice(NUMBERS), 1, 1),
+                        *NUMBERS,
+                    ]
+                ),
+            ),
         ),
     )
 
