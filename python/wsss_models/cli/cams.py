@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from wsss_models.data.artefacts import shown
 from wsss_models.data.dataset import open_dataset
 from wsss_models.data.folder import parse_shard
 from wsss_models.infer import FLIPS, Scales, load_run, run_hash, write_cams
+from wsss_models.sccam import CAM_HEADS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scales", default="1,0.5,1.5,2", metavar="S,S,...", help="of the picture, their maps added up (1,0.5,1.5,2)")
     add("--flip", default="sum", choices=FLIPS, help="how the flipped picture's maps are merged (sum; VWE: max)")
     add("--stride", type=int, default=4, metavar="N", help="of the maps written (4); 1: the picture's size")
+    add("--head", choices=CAM_HEADS, help="sccam: maps of the classes or the sub-categories; default: as trained")
     add("--batch", type=int, default=4, metavar="N", help="pictures of one size that go through the network together")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="cpu|cuda")
     add("--workers", type=int, default=2, metavar="N", help="processes that read pictures (2)")
@@ -48,6 +51,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     if not hasattr(model, "cams"):
         raise UsageError(f"--run must be of a classifier, got {manifest['system']}; it labels with wsss segment")
+    head = getattr(model.config, "cam_head", "")
+    if arguments.head is not None:
+        if not head:
+            raise UsageError(f"--head is of sccam, got a run of {manifest['system']}")
+        head = arguments.head
+        model.config = replace(model.config, cam_head=head)
     if list(pictures.classes) != manifest.get("classes", list(pictures.classes)):
         raise UsageError(f"--data must have the classes of --run, {manifest['classes']}, got {list(pictures.classes)}")
     failures = 0
@@ -66,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
                 pictures,
                 arguments.out,
                 scales=scales,
-                source=run_hash(arguments.training),
+                source=f"{run_hash(arguments.training)} {head}".strip(),
                 normalisation=manifest["config"]["recipe"]["normalisation"],
                 device=device,
                 batch_size=arguments.batch,
