@@ -1,7 +1,10 @@
 """SC-CAM: its loss and sub-categories by hand, the map of each head, and rounds that go on where they stopped."""
 
+import base64
+import io
 import json
 import math
+import re
 from dataclasses import replace
 from itertools import combinations
 
@@ -11,19 +14,23 @@ import torch
 
 pytest.importorskip("PIL")
 pytest.importorskip("lightning_fabric")
-from wsss_models import sccam, subcategories
+from PIL import Image
+from wsss_models import sccam, subcategories, train
 from wsss_models.backbones import load_model
 from wsss_models.cli.main import main
 from wsss_models.data import open_dataset
 from wsss_models.data.artefacts import FileError
 from wsss_models.data.augment import IMAGENET
 from wsss_models.data.files import read_maps, write_arrays
+from wsss_models.data.synth import Settings, write_set
 from wsss_models.infer import load_run, merged_cams, run_hash
 from wsss_models.networks.resnet38 import ResNet38
+from wsss_models.report_subcategories import NEAREST
 from wsss_models.subcategories import FEATURES, SUB_CATEGORIES, read_sub_categories, write_sub_categories
 from wsss_models.systems import preset, with_settings
 from wsss_models.training_data import samples_of
 
+ARRAY = {FEATURES: "features", SUB_CATEGORIES: "assigned"}
 SMALL = ("num_classes=3", "clusters=2", "width=8")
 
 
@@ -312,3 +319,129 @@ def test_refusals_and_heads(folder, plain, tmp_path, capsys):
     assert main(["cams", "--run", f"{plain}", "--data", f"{folder}", "--out", f"{tmp_path}/c", "--head", "sub"]) == 2
     assert "--head is of sccam" in capsys.readouterr().err
     assert run_hash(out) != run_hash(plain)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes") / "set"
+    write_set(root, Settings(16, 3, 1, 48, 52, 0.25))
+    return root
+
+
+def whole(scenes, out, *more, refiner="affinitynet"):
+    small = ("width=8", "batch_size=4", "crop=48", "epochs=2", "sccam.clusters=2", "deeplab.epochs=1", *more)
+    settings = [word for setting in small for word in ("--set", setting)]
+    shared = ["--data", f"{scenes}", "--out", f"{out}", "--preset", "tiny", "--device", "cpu", "--workers", "0"]
+    return main(["run", "sccam", *shared, "--scales", "1", "--refiner", refiner, *settings])
+
+
+class KilledError(BaseException):
+    """Where a process would end."""
+
+
+def killed(monkeypatch, module, name, reached):
+    """The function ends the process when `reached` holds of its arguments."""
+    before = getattr(module, name)
+
+    def call(*arguments, **options):
+        if reached(*arguments):
+            raise KilledError
+        return before(*arguments, **options)
+
+    monkeypatch.setattr(module, name, call)
+
+
+def test_a_run_goes_on_wherever_it_stopped(scenes, tmp_path, monkeypatch, capsys):
+    """Ended at every artefact of a round, and inside its training: the same numbers as in one go."""
+    rounds = ("sccam.rounds=2", "affinity.epochs=1")
+    once, part = tmp_path / "once", tmp_path / "part"
+    assert whole(scenes, once, *rounds) == 0
+    results = json.loads((once / "results.json").read_text())
+    stages = ["classifier", "round1", "round2", "cams", "affinity", "labels", "deeplab", "segmentation"]
+    assert list(results["stages"]) == stages
+    assert [row["stage"] for row in results["rows"]][:4] == ["CAM best", "CAM free", "refined", "labels"]
+    assert (results["system"], results["refiner"]) == ("sccam", "affinitynet")
+    manifests = [json.loads((once / f"round{r}" / "manifest.json").read_text()) for r in (1, 2)]
+    assert [m["config"]["round"] for m in manifests] == [1, 2]
+    assert manifests[0]["sub_categories"] != manifests[1]["sub_categories"]
+    written = []
+    for module, name, reached in (
+        (subcategories, "write_arrays", lambda path, *_: path == part / "round1" / FEATURES),
+        (subcategories, "write_arrays", lambda path, *_: path == part / "round1" / SUB_CATEGORIES),
+        (train, "set_rate", lambda sgd, recipe, progress: (part / "round1" / "log.jsonl").exists() and progress == 0.5),
+        (subcategories, "write_arrays", lambda path, *_: path == part / "round2" / FEATURES),
+        (train, "set_rate", lambda sgd, recipe, progress: (part / "round2" / "log.jsonl").exists() and progress == 0.5),
+    ):
+        with monkeypatch.context() as patch:
+            killed(patch, module, name, reached)
+            with pytest.raises(KilledError):
+                whole(scenes, part, *rounds)
+        written.append(sorted(f"{p.relative_to(part)}" for p in part.glob("round*/*.*") if p.suffix != ".jsonl"))
+        assert not (part / "cams").exists()
+    assert written[0] == [] and written[1] == ["round1/features.npz"]
+    assert written[2] == [f"round1/{name}" for name in ("checkpoint.pt", FEATURES, "manifest.json", SUB_CATEGORIES)]
+    capsys.readouterr()
+    assert whole(scenes, part, *rounds) == 0
+    assert json.loads((part / "results.json").read_text())["rows"] == results["rows"]
+    for r in (1, 2):
+        for name in (FEATURES, SUB_CATEGORIES):
+            assert np.array_equal(*(np.load(out / f"round{r}" / name)[ARRAY[name]] for out in (once, part)))
+        states = [torch.load(out / f"round{r}" / "checkpoint.pt")["model"] for out in (once, part)]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    weights = [torch.load(once / f / "checkpoint.pt")["model"] for f in ("classifier", "round1", "round2")]
+    assert not torch.equal(weights[1]["fc8_20.weight"], weights[2]["fc8_20.weight"])
+    check_page(scenes, once, capsys)
+
+
+def check_page(scenes, out, capsys):
+    assert main(["report", f"{out}"]) == 0
+    text = (out / "report.html").read_text()
+    assert '<h2 id="subcategories">' in text and 'href="#subcategories"' in text
+    section = text[text.index('<h2 id="subcategories">') : text.index('<h2 id="settings">')]
+    assert "as round2 was trained on" in section
+    found = read_sub_categories(out / "round2" / SUB_CATEGORIES)
+    pictures = open_dataset(scenes, "train")
+    at = section.index("<details")
+    for c, name in enumerate(pictures.classes):
+        end = section.index("</details>", at)
+        part = section[at:end]
+        assert f"<b>{name}</b>" in part
+        assert f"{int(pictures.labels()[:, c].sum())} pictures" in part
+        assert part.count("<h5>") == len(set(found.assigned[:, c]) - {-1})
+        for heading in part.split("<h5>")[1:]:
+            k = int(heading.split()[0])
+            members = np.flatnonzero(found.assigned[:, c] == k)
+            order = sorted(members, key=lambda i: (found.distances[i, c], i))[:NEAREST]
+            shown = re.findall(r'<img src="data:image/jpeg;base64,([^"]+)"[^>]* alt="([^"]+)"', heading)
+            assert [alt for _, alt in shown] == [found.ids[i] for i in order]
+            thumbnail = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown[0][0]))), dtype=float)
+            original = pictures.image(pictures.index(shown[0][1])).astype(float)
+            assert np.abs(thumbnail.mean(axis=(0, 1)) - original.mean(axis=(0, 1))).max() < 4
+        at = section.find("<details", end)
+    assert at == -1
+    assert main(["report", f"{out}", "--pictures", "0"]) == 0
+    assert "subcategories" not in (out / "report.html").read_text()
+    (out / "round2" / SUB_CATEGORIES).write_bytes(b"PK\x03\x04 cut")
+    capsys.readouterr()
+    assert main(["report", f"{out}"]) == 1
+    assert "damaged npz" in capsys.readouterr().out
+    assert "<h1>" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize("more", [("sccam.rounds=0",), ("sccam.rounds=1", "sccam.sub_weight=0", "sccam.cam_head=sub")])
+def test_rounds_and_weight_are_settings(scenes, tmp_path, more, capsys):
+    assert whole(scenes, tmp_path, *more, "epochs=1", refiner="none") == 0
+    stages = json.loads((tmp_path / "results.json").read_text())["stages"]
+    assert [s for s in stages if s.startswith("round")] == ["round1"][: int(more[0][-1])]
+    if len(more) > 1:
+        manifest = json.loads((tmp_path / "round1" / "manifest.json").read_text())
+        assert (manifest["config"]["sub_weight"], manifest["config"]["cam_head"]) == (0.0, "sub")
+    assert "deeplab begins anew" not in capsys.readouterr().out
+
+
+def test_refusals_of_a_run(scenes, tmp_path, capsys):
+    arguments = ["--data", f"{scenes}", "--out", f"{tmp_path}", "--preset", "tiny"]
+    assert main(["run", "classifier", *arguments, "--set", "sccam.rounds=1"]) == 2
+    assert "no stage sccam" in capsys.readouterr().err
+    assert main(["run", "sccam", *arguments, "--set", "sccam.rounds=-1"]) == 2
+    assert "rounds must be at least 0" in capsys.readouterr().err
