@@ -24,7 +24,7 @@ from wsss_models import classifier
 from wsss_models.backbones import build_backbone
 from wsss_models.recipe import Recipe, classification_loss, of_batch, parameter_groups
 
-CAM_HEADS = ("parent", "sub")
+BRANCHES = ("parent", "sub")  # heads, and the maps of each
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Config:
     round_epochs: tuple[int, ...] = (30, 40, 50)  # of recipe.epochs, after which each round ends; () = all
     starts: int = 10  # of k-means, of which the best counts
     iterations: int = 300  # of k-means, at most
-    cam_head: str = "parent"  # whose maps are the class activation maps: of the classes, or of the sub-categories
+    cam: str = "parent"  # head whose maps are the class activation maps: of the classes, or of the sub-categories
     backbone: str = "resnet38"
     strides: tuple[int, int, int, int] = (2, 1, 2, 1)  # of a ResNet: output stride 8
     width: int = 64  # channels of a ResNet's stem
@@ -67,8 +67,8 @@ class Config:
             raise ValueError(f"sub_weight must be at least 0, got {self.sub_weight}")
         if any(epochs < 1 for epochs in self.round_epochs):
             raise ValueError(f"round_epochs must be at least 1 each, got {self.round_epochs}")
-        if self.cam_head not in CAM_HEADS:
-            raise ValueError(f"cam_head must be one of {', '.join(CAM_HEADS)}, got {self.cam_head!r}")
+        if self.cam not in BRANCHES:
+            raise ValueError(f"cam must be one of {', '.join(BRANCHES)}, got {self.cam!r}")
 
     @property
     def last_epoch(self) -> int:
@@ -91,6 +91,11 @@ PRESETS = {
         recipe=_PLAIN.recipe,
     ),
 }
+
+
+def branches(config: Config) -> tuple[str, ...]:
+    """The maps that a model of these settings can give."""
+    return BRANCHES
 
 
 class SubCategories(NamedTuple):
@@ -184,7 +189,7 @@ class Model(nn.Module):
 
     def view_maps(self, images: Tensor) -> Tensor:
         """What is added up over scales and flips: [B, C, h, w], of the sub-categories [B, C * K, h, w]."""
-        head = self.fc8_20 if self.config.cam_head == "parent" else self.fc8_200
+        head = self.fc8_20 if self.config.cam == "parent" else self.fc8_200
         return F.relu(head(self.backbone.features(images)[-1]))
 
     def join(self, maps: Tensor) -> Tensor:
@@ -192,7 +197,7 @@ class Model(nn.Module):
 
         Divided by its peak it is what the published code has, which divides the sub-maps by their joint peak first.
         """
-        if self.config.cam_head == "parent":
+        if self.config.cam == "parent":
             return maps
         return maps.unflatten(1, (self.config.num_classes, self.config.clusters)).amax(dim=2)
 

@@ -23,7 +23,7 @@ from wsss_models.data.artefacts import FileError
 from wsss_models.data.augment import IMAGENET
 from wsss_models.data.files import read_maps, write_arrays
 from wsss_models.data.synth import Settings, write_set
-from wsss_models.infer import load_run, merged_cams, run_hash
+from wsss_models.infer import load_run, merged_cams
 from wsss_models.networks.resnet38 import ResNet38
 from wsss_models.report_subcategories import NEAREST
 from wsss_models.subcategories import FEATURES, SUB_CATEGORIES, read_sub_categories, write_sub_categories
@@ -156,7 +156,7 @@ def test_maps_of_the_heads():
     """Of the sub-categories: the published order, joint peak first, then the highest of a class."""
     model = small().eval()
     images = torch.randn(1, 3, 40, 48)
-    other = small("cam_head=sub").eval()
+    other = small("cam=sub").eval()
     with torch.no_grad():
         feats = model.backbone.features(images)[-1]
         plain = torch.einsum("bdhw,cd->bchw", feats, model.fc8_20.weight[:, :, 0, 0]).clamp_min(0)
@@ -187,12 +187,13 @@ def test_settings():
     assert with_settings(config, ["epochs=35", "round=2"]).last_epoch == 35
     tiny, plain = preset("sccam", "tiny"), preset("classifier", "tiny")
     assert tiny.last_epoch == plain.recipe.epochs and tiny.recipe == plain.recipe
-    assert (tiny.backbone, tiny.width, tiny.strides, tiny.norm) == (plain.backbone, 24, plain.strides, plain.norm)
+    for name in ("backbone", "width", "strides", "norm", "dropout"):
+        assert getattr(tiny, name) == getattr(plain, name)
     for text, message in (
         ("clusters=0", "clusters must be at least 1"),
         ("rounds=-1", "rounds must be at least 0"),
         ("sub_weight=-1", "sub_weight must be at least 0"),
-        ("cam_head=both", "cam_head must be one of parent, sub"),
+        ("cam=both", "cam must be one of parent, sub"),
         ("round_epochs=(0,)", "round_epochs must be at least 1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -309,16 +310,18 @@ def test_refusals_and_heads(folder, plain, tmp_path, capsys):
     assert lines[-1]["lr"] == pytest.approx(recipe.lr * (1 - 5 / 12) ** recipe.power)  # the schedule is of all epochs
     maps = {}
     for head in ("parent", "sub"):
-        cams = ["cams", "--run", f"{out}", "--data", f"{folder}", "--out", f"{tmp_path}/cams", "--head", head]
+        cams = ["cams", "--run", f"{out}", "--data", f"{folder}", "--out", f"{tmp_path}/cams", "--branch", head]
         assert main([*cams, "--scales", "1", "--device", "cpu", "--workers", "0"]) == 0
         assert "6 written, 0 failed" in capsys.readouterr().out
         maps[head] = read_maps(tmp_path / "cams" / "p0.npz")[1]
         values = np.unique(maps[head])
         assert len(values) > 10 and values.max() == pytest.approx(1, abs=2e-3)  # soft, not binarised
     assert not np.array_equal(maps["parent"], maps["sub"])
-    assert main(["cams", "--run", f"{plain}", "--data", f"{folder}", "--out", f"{tmp_path}/c", "--head", "sub"]) == 2
-    assert "--head is of sccam" in capsys.readouterr().err
-    assert run_hash(out) != run_hash(plain)
+    assert main(["cams", "--run", f"{plain}", "--data", f"{folder}", "--out", f"{tmp_path}/c", "--branch", "sub"]) == 2
+    assert "--branch must be left out for classifier" in capsys.readouterr().err
+    cams = ["cams", "--run", f"{out}", "--data", f"{folder}", "--out", f"{tmp_path}/c", "--branch", "both"]
+    assert main(cams) == 2
+    assert "--branch must be one of parent, sub" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +362,8 @@ def test_a_run_goes_on_wherever_it_stopped(scenes, tmp_path, monkeypatch, capsys
     results = json.loads((once / "results.json").read_text())
     stages = ["classifier", "round1", "round2", "cams", "affinity", "labels", "deeplab", "segmentation"]
     assert list(results["stages"]) == stages
-    assert [row["stage"] for row in results["rows"]][:4] == ["CAM best", "CAM free", "refined", "labels"]
+    rows = ["CAM best", "CAM free", "CAM sub best", "CAM sub free", "refined", "labels"]
+    assert [row["stage"] for row in results["rows"]][:6] == rows
     assert (results["system"], results["refiner"]) == ("sccam", "affinitynet")
     manifests = [json.loads((once / f"round{r}" / "manifest.json").read_text()) for r in (1, 2)]
     assert [m["config"]["round"] for m in manifests] == [1, 2]
@@ -428,14 +432,14 @@ def check_page(scenes, out, capsys):
     assert "<h1>" in (out / "report.html").read_text()
 
 
-@pytest.mark.parametrize("more", [("sccam.rounds=0",), ("sccam.rounds=1", "sccam.sub_weight=0", "sccam.cam_head=sub")])
+@pytest.mark.parametrize("more", [("sccam.rounds=0",), ("sccam.rounds=1", "sccam.sub_weight=0", "sccam.cam=sub")])
 def test_rounds_and_weight_are_settings(scenes, tmp_path, more, capsys):
     assert whole(scenes, tmp_path, *more, "epochs=1", refiner="none") == 0
     stages = json.loads((tmp_path / "results.json").read_text())["stages"]
     assert [s for s in stages if s.startswith("round")] == ["round1"][: int(more[0][-1])]
     if len(more) > 1:
         manifest = json.loads((tmp_path / "round1" / "manifest.json").read_text())
-        assert (manifest["config"]["sub_weight"], manifest["config"]["cam_head"]) == (0.0, "sub")
+        assert (manifest["config"]["sub_weight"], manifest["config"]["cam"]) == (0.0, "sub")
     assert "deeplab begins anew" not in capsys.readouterr().out
 
 

@@ -20,7 +20,7 @@ from wsss_models.cli.results import Row, of_labels, of_maps, table
 from wsss_models.data.artefacts import shown, write_atomically
 from wsss_models.data.dataset import open_dataset
 from wsss_models.data.pictures import PictureSet
-from wsss_models.systems import preset, with_settings
+from wsss_models.systems import preset, system, with_settings
 from wsss_models.train import data_hash
 
 SYSTEMS = {  # and the refiner of each
@@ -156,6 +156,8 @@ class _Stages:
         self._stage("deeplab", self._train_deeplab)
         self._stage("segmentation", self._segment)
         rows = of_maps("CAM", self._train, out / "cams")
+        for branch in self._branches():
+            rows += of_maps(f"CAM {branch}", self._train, out / f"cams-{branch}")
         if plan.refiner == "none":
             note = "of the CAMs, each picture's threshold found without masks"
         elif plan.refiner in TRAINED:
@@ -186,8 +188,8 @@ class _Stages:
             stage, dot, _ = setting.partition("=")[0].partition(".")
             if dot and stage in STAGES and stage not in networks:
                 raise UsageError(f"--set {setting}: this run has no stage {stage}")
-        for stage, (system, which) in networks.items():
-            with_settings(preset(system, which), self._settings(stage))
+        for stage, (name, which) in networks.items():
+            with_settings(preset(name, which), self._settings(stage))
         return networks
 
     def _config(self, stage: str) -> Any:
@@ -256,6 +258,20 @@ class _Stages:
         ]
         workers = f"--workers={self._arguments.workers}"
         self._call("cams", [*inputs, f"--out={self._out / 'cams'}", f"--device={self._device}", workers])
+        for branch in self._branches():
+            more = [f"--out={self._out / f'cams-{branch}'}", f"--branch={branch}"]
+            self._call("cams", [*inputs, *more, f"--device={self._device}", workers])
+
+    def _branches(self) -> list[str]:
+        """The kinds of CAMs beside those that are refined, where the network has several."""
+        stage = self._maps_stage()
+        config = self._config(stage)
+        found = getattr(system(self._networks[stage][0]), "branches", lambda config: ())(config)
+        return [branch for branch in found if branch != config.cam]
+
+    def _maps_stage(self) -> str:
+        """Whose network gives the CAMs."""
+        return "sccam" if self._rounds else "classifier"
 
     def _train_affinity(self) -> None:
         cams = [f"--cams={self._out / 'cams'}"]
@@ -291,7 +307,7 @@ class _Stages:
     def _of_classifier(self, stage: str) -> Path | None:
         """The weights that a stage starts from, where its backbone is the classifier's."""
         found = []
-        for name in (stage, "sccam" if self._rounds else "classifier"):
+        for name in (stage, self._maps_stage()):
             config = self._config(name)
             found.append((config.backbone, config.width))
         if found[0] == found[1]:
@@ -300,8 +316,8 @@ class _Stages:
         return None
 
     def _fit(self, stage: str, out: Path, split: str, weights: Path | None, more: Sequence[str] = ()) -> None:
-        system, which = self._networks[stage]
-        words = [system, f"--data={self._arguments.data}", f"--split={split}", f"--out={out}", f"--preset={which}"]
+        name, which = self._networks[stage]
+        words = [name, f"--data={self._arguments.data}", f"--split={split}", f"--out={out}", f"--preset={which}"]
         words += [f"--seed={self._plan.seed}", f"--device={self._device}", f"--workers={self._arguments.workers}"]
         words += [f"--set={setting}" for setting in self._settings(stage)]
         words += [] if weights is None else [f"--weights={weights}"]
