@@ -280,6 +280,15 @@ def test_artefacts_of_other_settings_or_damaged_are_made_again(folder, plain, tm
     assert not list((tmp_path / "a").glob(".wsss-*"))
     with pytest.raises(FileError, match="no training"):
         write_sub_categories(tmp_path / "none", pictures, tmp_path / "a", config)
+    model, manifest = load_run(plain)
+    for found, message in (
+        ((torch.nn.Identity(), {"system": "deeplab"}), "must be a training of a classifier, got one of deeplab"),
+        ((model, {**manifest, "classes": ["ant", "cat"]}), r"must have the classes of --data.* got \['ant', 'cat'\]"),
+    ):
+        monkeypatch.setattr(subcategories, "load_run", lambda run, found=found: found)
+        with pytest.raises(ValueError, match=message):
+            write_sub_categories(plain, pictures, tmp_path / "b", config)
+    assert not (tmp_path / "b").exists()
     path = tmp_path / "a" / SUB_CATEGORIES
     arrays = dict(np.load(path))
     for change, message in (
