@@ -124,7 +124,7 @@ def sub_categories(
     Raises:
         ValueError: features and labels are not of as many pictures, or the features are not finite.
 
-    Source: section 3.2, without the reduction of dimensions that the published code imports and does not use.
+    Source: section 3 of the paper, without the reduction of dimensions that the published code imports and does not use.
 
     Example:
         >>> features = torch.tensor([[0.0], [0.1], [9.0], [9.1]])
@@ -172,7 +172,7 @@ class Model(nn.Module):
             nn.init.xavier_uniform_(head.weight)
 
     def loss(self, batch: Mapping[str, Any], *, progress: float = 1.0) -> dict[str, Tensor]:
-        """parent + lambda * sub, both multi-label soft margin (equation 3)."""
+        """parent + lambda * sub, both multi-label soft margin."""
         images, label, sublabel = of_batch(batch, "image", "label", "sublabel")
         x = F.dropout2d(self.backbone.features(images)[-1], self.config.dropout, self.training)
         x = x.mean(dim=(2, 3), keepdim=True)

@@ -95,13 +95,17 @@ def blobs(counts, dim=5, seed=0):
     return torch.from_numpy(centers[numbers] + rng.normal(0, 0.1, (len(numbers), dim))).float(), numbers
 
 
-def test_sub_categories_of_separable_features():
+def test_sub_categories_of_separable_features(monkeypatch):
     """Each class's clusters are the blobs among its own pictures; those of other classes do not count."""
     features, blob = blobs([7, 4, 9, 5])
     labels = torch.zeros(25, 3)
     labels[:, 0] = 1
     labels[blob >= 2, 2] = 1  # class 1 is in no picture
-    found = sccam.sub_categories(features, labels, 4)
+    calls = []
+    kmeans = sccam.wk.kmeans
+    monkeypatch.setattr(sccam.wk, "kmeans", lambda *a, **options: calls.append(options) or kmeans(*a, **options))
+    found = sccam.sub_categories(features, labels, 4, starts=3, iterations=50)
+    assert calls == [{"n_init": 3, "iterations": 50, "seed": 0}]  # one call for all classes
     assigned = found.assigned.numpy()
     for i, j in combinations(range(25), 2):
         assert (assigned[i, 0] == assigned[j, 0]) == (blob[i] == blob[j])
