@@ -124,7 +124,7 @@ def sub_categories(
     Raises:
         ValueError: features and labels are not of as many pictures, or the features are not finite.
 
-    Source: section 3 of the paper, without the reduction of dimensions that the published code imports and does not use.
+    Source: section 3 of the paper; the published code reduces no dimensions, though it imports what would.
 
     Example:
         >>> features = torch.tensor([[0.0], [0.1], [9.0], [9.1]])
