@@ -407,6 +407,8 @@ def test_a_run_goes_on_wherever_it_stopped(scenes, tmp_path, monkeypatch, capsys
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     weights = [torch.load(once / f / "checkpoint.pt")["model"] for f in ("classifier", "round1", "round2")]
     assert not torch.equal(weights[1]["fc8_20.weight"], weights[2]["fc8_20.weight"])
+    first = [json.loads((once / f / "log.jsonl").read_text().splitlines()[0]) for f in ("round1", "round2")]
+    assert first[0]["parent"] == first[1]["parent"] and first[0]["sub"] != first[1]["sub"]  # both from one beginning
     check_page(scenes, once, capsys)
 
 
