@@ -34,6 +34,14 @@ ARRAY = {FEATURES: "features", SUB_CATEGORIES: "assigned"}
 SMALL = ("num_classes=3", "clusters=2", "width=8")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def small(*settings):
     torch.manual_seed(0)
     return sccam.Model(with_settings(preset("sccam", "tiny"), [*SMALL, *settings]))
