@@ -36,8 +36,19 @@ def needs_masks(module: ModuleType) -> bool:
     return getattr(module, "TRAINS_ON_MASKS", False)
 
 
+def needs_sub_labels(module: ModuleType) -> bool:
+    """Whether a system trains on sub-categories of the classes."""
+    return hasattr(module, "sub_categories")
+
+
 def samples_of(
-    module: ModuleType, config: Any, pictures: PictureSet, *, seed: int = 0, labels: Path | None = None
+    module: ModuleType,
+    config: Any,
+    pictures: PictureSet,
+    *,
+    seed: int = 0,
+    labels: Path | None = None,
+    sub_labels: np.ndarray | None = None,
 ) -> Samples:
     """The augmented samples that the loss of a system takes.
 
@@ -48,8 +59,14 @@ def samples_of(
         seed: of the augmentations.
         labels: folder of label PNGs of the pictures' sizes (0 background, 255 not sure), where the stage needs them; a
             system that trains on masks takes the set's own without it.
+        sub_labels: [N, C * K] in the order of the set, where the system needs them.
     """
     recipe: Recipe = config.recipe
+    if needs_sub_labels(module):
+        if sub_labels is None or len(sub_labels) != len(pictures):
+            got = None if sub_labels is None else list(sub_labels.shape)
+            raise ValueError(f"sub_labels must be [N, C * K] with N = {len(pictures)} for this system, got {got}")
+        return Samples(pictures, recipe.augment(), seed=seed, extras={"sublabel": sub_labels.__getitem__})
     if needs_masks(module):
         if labels is None:
             return Samples(pictures, recipe.augment(), seed=seed, mask=True)

@@ -28,6 +28,8 @@ def batch_for(name, config, size=64, count=2, seed=0):
         batch["mask"] = torch.randint(0, config.num_classes + 1, (count, size, size), generator=g)
         batch["mask"][:, :5] = 255
         del batch["label"]
+    if name == "sccam":
+        batch["sublabel"] = (torch.rand(count, config.num_classes * config.clusters, generator=g) > 0.9).float()
     if hasattr(system(name), "STRIDE"):
         side = size // system(name).STRIDE
         labels = torch.randint(0, 4, (count, side, side), generator=g)

@@ -8,8 +8,10 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,12 +20,17 @@ from wsss_models.cli.results import Row, of_labels, of_maps, table
 from wsss_models.data.artefacts import shown, write_atomically
 from wsss_models.data.dataset import open_dataset
 from wsss_models.data.pictures import PictureSet
-from wsss_models.systems import preset, with_settings
+from wsss_models.systems import preset, system, with_settings
 from wsss_models.train import data_hash
 
-SYSTEMS = {"classifier": "image", "affinitynet": "affinitynet", "irnet": "irnet"}  # and the refiner of each
+SYSTEMS = {  # and the refiner of each
+    "classifier": "image",
+    "affinitynet": "affinitynet",
+    "irnet": "irnet",
+    "sccam": "affinitynet",
+}
 TRAINED = ("affinitynet", "irnet")  # refiners that have a network of their own
-STAGES = ("classifier", "affinity", "deeplab")  # that learn, and take settings
+STAGES = ("classifier", "sccam", "affinity", "deeplab")  # that learn, and take settings
 SETTINGS, RESULTS = "run.json", "results.json"
 
 
@@ -134,11 +141,14 @@ class _Stages:
         if self._device == "auto":
             self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._networks = self._configs()
+        self._rounds = self._config("sccam").rounds if "sccam" in self._networks else 0
         self._seconds = self._start()
 
     def run(self) -> None:
         out, plan = self._out, self._plan
         self._stage("classifier", self._train_classifier)
+        for number in range(1, self._rounds + 1):
+            self._stage(f"round{number}", partial(self._train_round, number))
         self._stage("cams", self._write_cams)
         if plan.refiner in TRAINED:
             self._stage("affinity", self._train_affinity)
@@ -146,6 +156,8 @@ class _Stages:
         self._stage("deeplab", self._train_deeplab)
         self._stage("segmentation", self._segment)
         rows = of_maps("CAM", self._train, out / "cams")
+        for branch in self._branches():
+            rows += of_maps(f"CAM {branch}", self._train, out / f"cams-{branch}")
         if plan.refiner == "none":
             note = "of the CAMs, each picture's threshold found without masks"
         elif plan.refiner in TRAINED:
@@ -164,19 +176,24 @@ class _Stages:
         """Stage -> system and preset, settings tried on each before anything is trained."""
         plan = self._plan
         classifier = ("classifier", plan.preset)
-        if plan.system == "affinitynet":
+        if plan.system in ("affinitynet", "sccam"):
             name = "published-classifier" if plan.preset == "published" else f"{plan.preset}-classifier"
             classifier = ("affinitynet", name)
         networks = {"classifier": classifier, "deeplab": ("deeplab", plan.segmentation)}
+        if plan.system == "sccam":
+            networks["sccam"] = ("sccam", plan.preset)
         if plan.refiner in TRAINED:
             networks["affinity"] = (plan.refiner, plan.preset)
         for setting in plan.settings:
             stage, dot, _ = setting.partition("=")[0].partition(".")
             if dot and stage in STAGES and stage not in networks:
                 raise UsageError(f"--set {setting}: this run has no stage {stage}")
-        for stage, (system, which) in networks.items():
-            with_settings(preset(system, which), self._settings(stage))
+        for stage, (name, which) in networks.items():
+            with_settings(preset(name, which), self._settings(stage))
         return networks
+
+    def _config(self, stage: str) -> Any:
+        return with_settings(preset(*self._networks[stage]), self._settings(stage))
 
     def _settings(self, stage: str) -> list[str]:
         chosen = []
@@ -224,10 +241,37 @@ class _Stages:
     def _train_classifier(self) -> None:
         self._fit("classifier", self._out / "classifier", self._plan.split, self._arguments.weights)
 
+    def _train_round(self, number: int) -> None:
+        """Each from the weights that the first one began with."""
+        previous = [f"--previous={self._maps_of(number - 1)}", f"--set=round={number}"]
+        self._fit("sccam", self._maps_of(number), self._plan.split, self._arguments.weights, previous)
+
+    def _maps_of(self, number: int) -> Path:
+        """The training of a round; the classifier's is number 0."""
+        return self._out / (f"round{number}" if number else "classifier")
+
     def _write_cams(self) -> None:
-        inputs = [f"--run={self._out / 'classifier'}", f"--data={self._arguments.data}", f"--split={self._plan.split}"]
+        inputs = [
+            f"--run={self._maps_of(self._rounds)}",
+            f"--data={self._arguments.data}",
+            f"--split={self._plan.split}",
+        ]
         workers = f"--workers={self._arguments.workers}"
         self._call("cams", [*inputs, f"--out={self._out / 'cams'}", f"--device={self._device}", workers])
+        for branch in self._branches():
+            more = [f"--out={self._out / f'cams-{branch}'}", f"--branch={branch}"]
+            self._call("cams", [*inputs, *more, f"--device={self._device}", workers])
+
+    def _branches(self) -> list[str]:
+        """The kinds of CAMs beside those that are refined, where the network has several."""
+        stage = self._maps_stage()
+        config = self._config(stage)
+        found = getattr(system(self._networks[stage][0]), "branches", lambda config: ())(config)
+        return [branch for branch in found if branch != config.cam]
+
+    def _maps_stage(self) -> str:
+        """Whose network gives the CAMs."""
+        return "sccam" if self._rounds else "classifier"
 
     def _train_affinity(self) -> None:
         cams = [f"--cams={self._out / 'cams'}"]
@@ -263,17 +307,17 @@ class _Stages:
     def _of_classifier(self, stage: str) -> Path | None:
         """The weights that a stage starts from, where its backbone is the classifier's."""
         found = []
-        for name in (stage, "classifier"):
-            config = with_settings(preset(*self._networks[name]), self._settings(name))
+        for name in (stage, self._maps_stage()):
+            config = self._config(name)
             found.append((config.backbone, config.width))
         if found[0] == found[1]:
-            return self._out / "classifier" / "checkpoint.pt"
+            return self._maps_of(self._rounds) / "checkpoint.pt"
         print(f"{stage} begins anew: its backbone is {found[0][0]}, the classifier's {found[1][0]}", flush=True)
         return None
 
     def _fit(self, stage: str, out: Path, split: str, weights: Path | None, more: Sequence[str] = ()) -> None:
-        system, which = self._networks[stage]
-        words = [system, f"--data={self._arguments.data}", f"--split={split}", f"--out={out}", f"--preset={which}"]
+        name, which = self._networks[stage]
+        words = [name, f"--data={self._arguments.data}", f"--split={split}", f"--out={out}", f"--preset={which}"]
         words += [f"--seed={self._plan.seed}", f"--device={self._device}", f"--workers={self._arguments.workers}"]
         words += [f"--set={setting}" for setting in self._settings(stage)]
         words += [] if weights is None else [f"--weights={weights}"]
