@@ -18,10 +18,16 @@ from wsss_models.cli.results import Row, of_labels, of_maps, table
 from wsss_models.data.artefacts import shown, write_atomically
 from wsss_models.data.dataset import open_dataset
 from wsss_models.data.pictures import PictureSet
-from wsss_models.systems import preset, with_settings
+from wsss_models.systems import preset, system, with_settings
 from wsss_models.train import data_hash
 
-SYSTEMS = {"classifier": "image", "affinitynet": "affinitynet", "irnet": "irnet"}  # and the refiner of each
+SYSTEMS = {  # and the refiner of each
+    "classifier": "image",
+    "affinitynet": "affinitynet",
+    "irnet": "irnet",
+    "puzzlecam": "irnet",
+}
+V3PLUS = ("puzzlecam",)  # whose last stage was published with DeepLab v3+
 TRAINED = ("affinitynet", "irnet")  # refiners that have a network of their own
 STAGES = ("classifier", "affinity", "deeplab")  # that learn, and take settings
 SETTINGS, RESULTS = "run.json", "results.json"
@@ -110,7 +116,7 @@ def _plan(arguments: argparse.Namespace, train: PictureSet, val: PictureSet) -> 
     return Plan(
         system=arguments.system,
         preset=arguments.preset,
-        segmentation=arguments.segmentation or tiny,
+        segmentation=arguments.segmentation or ("v3plus" if tiny != "tiny" and arguments.system in V3PLUS else tiny),
         refiner=refiner,
         seed=arguments.seed,
         data=shown(arguments.data),
@@ -163,20 +169,30 @@ class _Stages:
     def _configs(self) -> dict[str, tuple[str, str]]:
         """Stage -> system and preset, settings tried on each before anything is trained."""
         plan = self._plan
-        classifier = ("classifier", plan.preset)
+        classifier = ("classifier" if plan.system == "irnet" else plan.system, plan.preset)
         if plan.system == "affinitynet":
             name = "published-classifier" if plan.preset == "published" else f"{plan.preset}-classifier"
             classifier = ("affinitynet", name)
         networks = {"classifier": classifier, "deeplab": ("deeplab", plan.segmentation)}
         if plan.refiner in TRAINED:
-            networks["affinity"] = (plan.refiner, plan.preset)
+            networks["affinity"] = (plan.refiner, self._refiner_preset(classifier))
         for setting in plan.settings:
             stage, dot, _ = setting.partition("=")[0].partition(".")
             if dot and stage in STAGES and stage not in networks:
                 raise UsageError(f"--set {setting}: this run has no stage {stage}")
-        for stage, (system, which) in networks.items():
-            with_settings(preset(system, which), self._settings(stage))
+        for stage, (name, which) in networks.items():
+            with_settings(preset(name, which), self._settings(stage))
         return networks
+
+    def _refiner_preset(self, classifier: tuple[str, str]) -> str:
+        """Of the classifier's name, or else the first with its backbone."""
+        presets, backbone = system(self._plan.refiner).PRESETS, preset(*classifier).backbone
+        if self._plan.preset in presets:
+            return self._plan.preset
+        for name, config in presets.items():
+            if config.backbone == backbone and getattr(config, "stage", "affinity") == "affinity":
+                return name
+        raise UsageError(f"{self._plan.refiner} has no preset with the backbone {backbone}: give another --refiner")
 
     def _settings(self, stage: str) -> list[str]:
         chosen = []
@@ -272,8 +288,8 @@ class _Stages:
         return None
 
     def _fit(self, stage: str, out: Path, split: str, weights: Path | None, more: Sequence[str] = ()) -> None:
-        system, which = self._networks[stage]
-        words = [system, f"--data={self._arguments.data}", f"--split={split}", f"--out={out}", f"--preset={which}"]
+        name, which = self._networks[stage]
+        words = [name, f"--data={self._arguments.data}", f"--split={split}", f"--out={out}", f"--preset={which}"]
         words += [f"--seed={self._plan.seed}", f"--device={self._device}", f"--workers={self._arguments.workers}"]
         words += [f"--set={setting}" for setting in self._settings(stage)]
         words += [] if weights is None else [f"--weights={weights}"]
