@@ -26,6 +26,7 @@ SYSTEMS = {  # and the refiner of each
     "affinitynet": "affinitynet",
     "irnet": "irnet",
     "puzzlecam": "irnet",
+    "vwe": "irnet",
 }
 V3PLUS = ("puzzlecam",)  # whose last stage was published with DeepLab v3+
 TRAINED = ("affinitynet", "irnet")  # refiners that have a network of their own
@@ -112,7 +113,7 @@ def _plan(arguments: argparse.Namespace, train: PictureSet, val: PictureSet) -> 
     refiner = arguments.refiner or SYSTEMS[arguments.system]
     if "," in refiner and set(refiner.split(",")) & {*TRAINED, "none"}:
         raise UsageError(f"--refiner {', '.join(TRAINED)} and none stand alone, got {refiner}")
-    tiny = "tiny" if arguments.preset == "tiny" else "published"
+    tiny = "tiny" if arguments.preset.partition("-")[0] == "tiny" else "published"
     return Plan(
         system=arguments.system,
         preset=arguments.preset,
@@ -152,6 +153,8 @@ class _Stages:
         self._stage("deeplab", self._train_deeplab)
         self._stage("segmentation", self._segment)
         rows = of_maps("CAM", self._train, out / "cams")
+        for branch in self._branches():
+            rows += of_maps(f"CAM {branch}", self._train, out / f"cams-{branch}")
         if plan.refiner == "none":
             note = "of the CAMs, each picture's threshold found without masks"
         elif plan.refiner in TRAINED:
@@ -244,6 +247,16 @@ class _Stages:
         inputs = [f"--run={self._out / 'classifier'}", f"--data={self._arguments.data}", f"--split={self._plan.split}"]
         workers = f"--workers={self._arguments.workers}"
         self._call("cams", [*inputs, f"--out={self._out / 'cams'}", f"--device={self._device}", workers])
+        for branch in self._branches():
+            more = [f"--out={self._out / f'cams-{branch}'}", f"--branch={branch}"]
+            self._call("cams", [*inputs, *more, f"--device={self._device}", workers])
+
+    def _branches(self) -> list[str]:
+        """The kinds of CAMs beside those that are refined, where the classifier has several."""
+        name, which = self._networks["classifier"]
+        config = with_settings(preset(name, which), self._settings("classifier"))
+        found = getattr(system(name), "branches", lambda config: ())(config)
+        return [branch for branch in found if branch != config.cam]
 
     def _train_affinity(self) -> None:
         cams = [f"--cams={self._out / 'cams'}"]
