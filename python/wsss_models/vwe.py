@@ -105,6 +105,11 @@ def decorrelation_loss(codebook: Tensor) -> Tensor:
         Tensor: a scalar >= 0, 0 where every pair of words is uncorrelated.
 
     Source: VWL's published code; it weighs it by 1.
+
+    Example:
+        >>> import torch
+        >>> decorrelation_loss(torch.tensor([[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, -1.0]])).item()
+        0.0
     """
     if codebook.dim() != 2:
         raise ValueError(f"codebook must be [M, D], got {list(codebook.shape)}")
