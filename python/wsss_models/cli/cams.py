@@ -28,8 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", metavar="NAME", help="of the set, or a file with one id a line; default: all pictures")
     add("--out", type=Path, required=True, metavar="DIR", help="one .npz a picture: class_ids, cams; half precision")
     add("--scales", default="1,0.5,1.5,2", metavar="S,S,...", help="of the picture, their maps added up (1,0.5,1.5,2)")
-    add("--flip", default="sum", choices=FLIPS, help="how the flipped picture's maps are merged (sum; VWE: max)")
-    add("--branch", metavar="NAME", help="sccam: parent or sub; default: the training's setting cam")
+    add("--flip", choices=FLIPS, help="how the flipped picture's maps are merged (sum; vwe: max)")
+    more = "sccam: parent or sub; vwe: convolution, words or maximum; default: the training's setting cam"
+    add("--branch", metavar="NAME", help=more)
     add("--stride", type=int, default=4, metavar="N", help="of the maps written (4); 1: the picture's size")
     add("--batch", type=int, default=4, metavar="N", help="pictures of one size that go through the network together")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="cpu|cuda")
@@ -44,9 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     rank, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
         numbers = tuple(float(text) for text in arguments.scales.split(","))
-        scales = Scales(numbers, arguments.flip, arguments.stride)
         shard = parse_shard(arguments.shard or f"{rank}/{processes}")
         model, manifest = load_run(arguments.training)
+        flip = arguments.flip or getattr(system(manifest["system"]), "FLIP", "sum")
+        scales = Scales(numbers, flip, arguments.stride)
         source = _source(arguments, model, manifest["system"])
         pictures = open_dataset(arguments.data, arguments.split)
     except ValueError as error:

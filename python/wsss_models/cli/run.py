@@ -28,7 +28,10 @@ SYSTEMS = {  # and the refiner of each
     "affinitynet": "affinitynet",
     "irnet": "irnet",
     "sccam": "affinitynet",
+    "puzzlecam": "irnet",
+    "vwe": "irnet",
 }
+V3PLUS = ("puzzlecam",)  # whose last stage was published with DeepLab v3+
 TRAINED = ("affinitynet", "irnet")  # refiners that have a network of their own
 STAGES = ("classifier", "sccam", "affinity", "deeplab")  # that learn, and take settings
 SETTINGS, RESULTS = "run.json", "results.json"
@@ -113,11 +116,11 @@ def _plan(arguments: argparse.Namespace, train: PictureSet, val: PictureSet) -> 
     refiner = arguments.refiner or SYSTEMS[arguments.system]
     if "," in refiner and set(refiner.split(",")) & {*TRAINED, "none"}:
         raise UsageError(f"--refiner {', '.join(TRAINED)} and none stand alone, got {refiner}")
-    tiny = "tiny" if arguments.preset == "tiny" else "published"
+    tiny = "tiny" if arguments.preset.partition("-")[0] == "tiny" else "published"
     return Plan(
         system=arguments.system,
         preset=arguments.preset,
-        segmentation=arguments.segmentation or tiny,
+        segmentation=arguments.segmentation or ("v3plus" if tiny != "tiny" and arguments.system in V3PLUS else tiny),
         refiner=refiner,
         seed=arguments.seed,
         data=shown(arguments.data),
@@ -175,7 +178,7 @@ class _Stages:
     def _configs(self) -> dict[str, tuple[str, str]]:
         """Stage -> system and preset, settings tried on each before anything is trained."""
         plan = self._plan
-        classifier = ("classifier", plan.preset)
+        classifier = ("classifier" if plan.system == "irnet" else plan.system, plan.preset)
         if plan.system in ("affinitynet", "sccam"):
             name = "published-classifier" if plan.preset == "published" else f"{plan.preset}-classifier"
             classifier = ("affinitynet", name)
@@ -183,7 +186,7 @@ class _Stages:
         if plan.system == "sccam":
             networks["sccam"] = ("sccam", plan.preset)
         if plan.refiner in TRAINED:
-            networks["affinity"] = (plan.refiner, plan.preset)
+            networks["affinity"] = (plan.refiner, self._refiner_preset(classifier))
         for setting in plan.settings:
             stage, dot, _ = setting.partition("=")[0].partition(".")
             if dot and stage in STAGES and stage not in networks:
@@ -194,6 +197,16 @@ class _Stages:
 
     def _config(self, stage: str) -> Any:
         return with_settings(preset(*self._networks[stage]), self._settings(stage))
+
+    def _refiner_preset(self, classifier: tuple[str, str]) -> str:
+        """Of the classifier's name, or else the first with its backbone."""
+        presets, backbone = system(self._plan.refiner).PRESETS, preset(*classifier).backbone
+        if self._plan.preset in presets:
+            return self._plan.preset
+        for name, config in presets.items():
+            if config.backbone == backbone and getattr(config, "stage", "affinity") == "affinity":
+                return name
+        raise UsageError(f"{self._plan.refiner} has no preset with the backbone {backbone}: give another --refiner")
 
     def _settings(self, stage: str) -> list[str]:
         chosen = []
