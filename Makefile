@@ -32,9 +32,12 @@ demo: $(VENV)/.with-demo
 	@$(BIN)/wsss demo
 
 test: $(VENV)/.with-test
-	WSSS_REQUIRE_NATIVE=1 $(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
-	@echo "The Triton kernels in their interpreter, which must be chosen before triton is imported."
-	TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -q tests/triton
+	@# The Triton kernels run in their interpreter meanwhile, which must be chosen before triton is imported.
+	@log=$$(mktemp); trap 'rm -f '$$log EXIT; \
+	TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -q tests/triton >$$log 2>&1 & triton=$$!; \
+	WSSS_REQUIRE_NATIVE=1 $(VENV_PYTHON) -m pytest $(PYTEST_ARGS); native=$$?; \
+	wait $$triton; triton=$$?; \
+	echo "The Triton kernels in their interpreter:"; cat $$log; exit $$((native | triton))
 	@echo "Once more with the compiled module hidden: the references carry it alone."
 	WSSS_DISABLE_NATIVE=1 $(VENV_PYTHON) -m pytest -q $(FALLBACK_TESTS)
 

@@ -1,6 +1,7 @@
 #include "hspp.h"
 
 #include <algorithm>
+#include <numeric>
 #include <vector>
 
 #include "common/buffer.h"
@@ -27,6 +28,33 @@ std::vector<PyramidLevel> windows_of(int64_t height, int64_t width, const Pyrami
   return result;
 }
 
+// Whether every window of `coarse` is made of whole windows of `fine`.
+bool made_of(const PyramidLevel& coarse, const PyramidLevel& fine) {
+  return coarse.window_rows % fine.window_rows == 0 && coarse.window_columns % fine.window_columns == 0;
+}
+
+// The maxima of a level from those of one it is made of; of places that tie the first of the plane, as in a scan of it.
+void merge(const PyramidLevel& fine, const float* values, const int32_t* places, const PyramidLevel& coarse,
+           float* merged, int32_t* merged_places) {
+  const int down = coarse.window_rows / fine.window_rows, across = coarse.window_columns / fine.window_columns;
+  for (int w = 0; w < coarse.windows(); ++w) {
+    const int first = w / coarse.columns * down * fine.columns + w % coarse.columns * across;
+    float largest = values[first];
+    int32_t place = places ? places[first] : 0;
+    for (int y = 0; y < down; ++y) {
+      for (int i = first + y * fine.columns; i < first + y * fine.columns + across; ++i) {
+        if (places && values[i] == largest) place = std::min(place, places[i]);
+        if (values[i] > largest) {
+          largest = values[i];
+          if (places) place = places[i];
+        }
+      }
+    }
+    merged[w] = largest;
+    if (places) merged_places[w] = place;
+  }
+}
+
 int thread_count(int threads, const PyramidShape& shape) {
   return worthwhile_threads(usable_threads(threads), double(shape.planes) * double(shape.height * shape.width),
                             kValuesPerThread);
@@ -47,18 +75,33 @@ void hspp_cpu(const float* feats, float* out, int32_t* places, PyramidShape shap
   const int64_t pixels = shape.height * shape.width, count = pyramid_windows(shape.height, shape.width, levels);
   const double parts = levels.gamma + levels.count;
   threads = thread_count(threads, shape);
-  const int64_t row = shape.width + kPyramidPadding;
-  const Buffer<float> peaks(size_t(row) * threads);
-  std::fill_n(peaks.get(), row * threads, 0.0f);
+  const auto finest = std::max_element(windows.begin(), windows.end(),
+                                       [](const auto& a, const auto& b) { return a.windows() < b.windows(); });
+  const int64_t before = std::accumulate(windows.begin(), finest, int64_t(0),
+                                         [](int64_t sum, const auto& level) { return sum + level.windows(); });
+  const size_t row = shape.width + kPyramidPadding;
+  const Buffer<float> buffer((row + count) * threads);
+  const Buffer<int32_t> rows(row * threads);
+  std::fill_n(buffer.get(), (row + count) * threads, 0.0f);
+  std::fill_n(rows.get(), row * threads, 0);
   parallel(threads, [&](const Team& team) {
+    float* const values = buffer.get() + (row + count) * team.thread;
+    const PyramidScratch own = {values + count, rows.get() + row * team.thread};
     for (int64_t i = team.begin(shape.planes); i < team.end(shape.planes); ++i) {
       const float* const plane = feats + i * pixels;
+      int32_t* const placed = places ? places + i * count : nullptr;
+      int32_t* const finest_placed = placed ? placed + before : nullptr;
+      kernels().maxima(plane, int(shape.width), *finest, own, values + before, finest_placed);
       double total = levels.gamma * kernels().sum(plane, int(shape.height), int(shape.width)) / double(pixels);
-      int32_t* place = places ? places + i * count : nullptr;
-      for (const PyramidLevel& level : windows) {
-        float* const own = peaks.get() + row * team.thread;
-        total += kernels().maxima(plane, int(shape.width), level, own, place) / level.windows();
-        if (place) place += level.windows();
+      int64_t first = 0;
+      for (auto level = windows.begin(); level != windows.end(); first += level++->windows()) {
+        int32_t* const level_placed = placed ? placed + first : nullptr;
+        if (level != finest && made_of(*level, *finest)) {
+          merge(*finest, values + before, finest_placed, *level, values + first, level_placed);
+        } else if (level != finest) {
+          kernels().maxima(plane, int(shape.width), *level, own, values + first, level_placed);
+        }
+        total += std::accumulate(values + first, values + first + level->windows(), 0.0) / level->windows();
       }
       out[i] = float(total / parts);
     }

@@ -41,61 +41,69 @@ WSSS_ALWAYS_INLINE float largest(V v) {
   }
 }
 
-// One bit a lane.
-WSSS_ALWAYS_INLINE unsigned lanes_set(VecInt mask) {
-#if defined(__AVX512F__)
-  return _mm512_movepi32_mask((__m512i)mask);
-#elif defined(__AVX__)
-  return unsigned(_mm256_movemask_ps((__m256)mask));
-#elif defined(__x86_64__)
-  return unsigned(_mm_movemask_ps((__m128)mask));
-#else
-  unsigned bits = 0;
-  for (int i = 0; i < n; ++i) bits |= unsigned(mask[i] & 1) << i;
-  return bits;
-#endif
-}
+WSSS_ALWAYS_INLINE VecInt smaller(VecInt a, VecInt b) { return a < b ? a : b; }
 
-WSSS_ALWAYS_INLINE int first_of(float value, const float* window, int width, const PyramidLevel& level) {
-  for (int y = 0; y < level.window_rows; ++y) {
-    for (int x = 0; x < level.window_columns; x += n) {
-      const int left = level.window_columns - x, count = left < n ? left : n;
-      const V values = load_some(window + int64_t(y) * width + x, count);
-      const unsigned found = lanes_set((VecInt)(values == value)) & (count == 32 ? ~0u : (1u << count) - 1);
-      if (found) return y * width + x + __builtin_ctz(found);
-    }
+template <int D, int... I>
+WSSS_ALWAYS_INLINE VecInt smaller_across(VecInt v, Indices<I...>) {
+  return smaller(v, __builtin_shufflevector(v, v, (I ^ D)...));
+}
+template <int D = n / 2>
+WSSS_ALWAYS_INLINE int smallest(VecInt v) {
+  if constexpr (D == 0) {
+    return v[0];
+  } else {
+    return smallest<D / 2>(smaller_across<D>(v, typename MakeIndices<n>::type{}));
   }
-  return 0;  // a window of NaN
 }
 
-double maxima(const float* plane, int width, const PyramidLevel& level, float* peaks, int32_t* places) {
+// Column by column first, with the row that the largest comes from, then across the columns of each window.
+template <bool kPlaces>
+void find_maxima(const float* plane, int width, const PyramidLevel& level, PyramidScratch scratch, float* values,
+                 int32_t* places) {
+  constexpr int kNowhere = 0x7fffffff;
   VecInt lane;
   for (int i = 0; i < n; ++i) lane[i] = i;
   const V lowest = splat(-__builtin_inff());
-  double total = 0;
   for (int band = 0; band < level.rows; ++band) {
     const float* const rows = plane + int64_t(band) * level.window_rows * width;
     for (int x = 0; x < width; x += n) {
       const int count = width - x < n ? width - x : n;
       V peak = load_some(rows + x, count);
-      for (int y = 1; y < level.window_rows; ++y) peak = larger(load_some(rows + int64_t(y) * width + x, count), peak);
-      store(peaks + x, peak);
+      VecInt from{};
+      for (int y = 1; y < level.window_rows; ++y) {
+        const V value = load_some(rows + int64_t(y) * width + x, count);
+        if constexpr (kPlaces) from = value > peak ? y - VecInt{} : from;
+        peak = larger(value, peak);
+      }
+      store(scratch.peaks + x, peak);
+      if constexpr (kPlaces) std::memcpy(scratch.rows + x, &from, sizeof from);
     }
     for (int column = 0; column < level.columns; ++column) {
-      const float* const window = peaks + column * level.window_columns;
+      const int first = column * level.window_columns;
       V peak = lowest;
       for (int x = 0; x < level.window_columns; x += n) {
-        peak = larger(lane < level.window_columns - x ? load(window + x) : lowest, peak);
+        peak = larger(lane < level.window_columns - x ? load(scratch.peaks + first + x) : lowest, peak);
       }
-      const float value = largest(peak);
-      total += value;
-      if (places) {
-        const int corner = (band * level.window_rows) * width + column * level.window_columns;
-        *places++ = corner + first_of(value, plane + corner, width, level);
+      const float value = *values++ = largest(peak);
+      if constexpr (kPlaces) {
+        VecInt place = kNowhere - VecInt{};
+        for (int x = 0; x < level.window_columns; x += n) {
+          VecInt from;
+          std::memcpy(&from, scratch.rows + first + x, sizeof from);
+          const VecInt here = (load(scratch.peaks + first + x) == value) & (lane < level.window_columns - x);
+          place = smaller(here ? from * width + lane + x : kNowhere - VecInt{}, place);
+        }
+        const int offset = smallest(place);
+        const int corner = band * level.window_rows * width + first;
+        *places++ = corner + (offset == kNowhere ? 0 : offset);  // a window of NaN
       }
     }
   }
-  return total;
+}
+
+void maxima(const float* plane, int width, const PyramidLevel& level, PyramidScratch scratch, float* values,
+            int32_t* places) {
+  (places ? find_maxima<true> : find_maxima<false>)(plane, width, level, scratch, values, places);
 }
 
 extern const PyramidKernels pyramid_kernels;

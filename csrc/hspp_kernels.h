@@ -11,10 +11,17 @@ struct PyramidLevel {
 
 inline constexpr int kPyramidPadding = 16;  // columns that may be read behind the last
 
+// Of width + kPyramidPadding values each.
+struct PyramidScratch {
+  float* peaks;
+  int32_t* rows;
+};
+
 struct PyramidKernels {
   double (*sum)(const float* plane, int height, int width);
-  // Sum of the windows' maxima; places[windows] of the first of each, or null. peaks: width + kPyramidPadding values.
-  double (*maxima)(const float* plane, int width, const PyramidLevel& level, float* peaks, int32_t* places);
+  // values[windows]: their maxima; places[windows] of the first of each, or null.
+  void (*maxima)(const float* plane, int width, const PyramidLevel& level, PyramidScratch scratch, float* values,
+                 int32_t* places);
 };
 
 }  // namespace wsss

@@ -1,4 +1,4 @@
-"""Dense CRF and dense energy loss: against the float64 reference, pydensecrf, and what the maths demands."""
+"""Dense CRF: against the float64 reference, pydensecrf, and what the maths demands."""
 
 import importlib.util
 import math
@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 import warnings
 
 import numpy as np
@@ -86,16 +85,11 @@ def test_sizes(wk, size):
     out = wk.dense_crf(image, unary, iterations=2)
     assert out.shape == unary.shape
     assert torch.allclose(out.double(), expected, atol=native_tolerance)
-    probs = torch.rand(2, 3, *size)
-    loss = wk.dense_energy_loss(image, probs)
-    assert torch.allclose(loss.double(), reference.dense_energy_loss(image, probs.double()), rtol=1e-5)
 
 
 def test_empty_batch_and_no_labels(wk):
     assert wk.dense_crf(picture(0, 4, 5), torch.rand(0, 3, 4, 5)).shape == (0, 3, 4, 5)
     assert wk.dense_crf(picture(2, 4, 5), torch.rand(2, 0, 4, 5)).shape == (2, 0, 4, 5)
-    assert wk.dense_energy_loss(picture(0, 4, 5), torch.rand(0, 3, 4, 5)) == 0
-    assert wk.dense_energy_loss(picture(2, 4, 5), torch.rand(2, 0, 4, 5)) == 0
 
 
 def test_one_label_is_certain(wk):
@@ -174,16 +168,6 @@ def test_nan_stays_in_its_image(wk, wrong):
     assert torch.equal(out[1], clean[1])
     assert out[0, :, 3, 4].isnan().all()
     assert torch.equal(out.isnan(), reference.dense_crf(image, unary).isnan())
-
-
-def test_nan_probability_makes_the_loss_nan(wk):
-    image, probs = picture(2, 20, 30), torch.rand(2, 4, 20, 30)
-    probs[0, 1, 3, 4] = math.nan
-    leaf = probs.clone().requires_grad_()
-    loss = wk.dense_energy_loss(image, leaf)
-    loss.backward()
-    assert loss.isnan() and reference.dense_energy_loss(image, probs).isnan()
-    assert leaf.grad[0, 1, 3, 4].isnan() and leaf.grad[0, [0, 2, 3]].isfinite().all() and leaf.grad[1].isfinite().all()
 
 
 def test_infinite_energy_forbids_a_label(wk):
@@ -379,97 +363,6 @@ def test_maps_that_want_a_gradient_are_refused():
     assert not wk.dense_crf(IMAGE, unary.detach()).requires_grad
 
 
-# Dense energy loss
-
-
-@pytest.mark.parametrize("roi", [None, "float", "bool", "with a channel"])
-@pytest.mark.parametrize("shape", [(2, 3, 33, 40), (1, 21, 20, 70), (3, 1, 5, 9)])
-def test_energy_and_gradient(wk, shape, roi, nan_filled):
-    batch, _, height, width = shape
-    image, probs = picture(batch, height, width), torch.softmax(energies(*shape), 1)
-    if roi is not None:
-        roi = {"float": torch.rand(batch, height, width), "bool": torch.rand(batch, height, width) > 0.3,
-               "with a channel": torch.rand(batch, 1, height, width)}[roi]  # fmt: skip
-    exact, leaf = probs.double().requires_grad_(), probs.clone().requires_grad_()
-    expected = reference.dense_energy_loss(image, exact, roi=roi)
-    loss = wk.dense_energy_loss(image, leaf, roi=roi)
-    assert loss.shape == () and loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
-    (2 * expected).backward(), (2 * loss).backward()
-    assert (leaf.grad - exact.grad).abs().max() <= 1e-5 * exact.grad.abs().max()
-    torch.testing.assert_close(wk.dense_energy_loss(image, probs, roi=roi), loss.detach(), rtol=1e-6, atol=0)
-
-
-def test_energy_by_its_definition(wk):
-    """loss = -<S, A S> / B with A's columns taken one by one from the gradient of the loss: -2 A S roi / B."""
-    image, probs = picture(2, 9, 10), torch.rand(2, 3, 9, 10)
-    roi = (torch.rand(2, 9, 10) > 0.4).float()
-    leaf = probs.clone().requires_grad_()
-    loss = wk.dense_energy_loss(image, leaf, roi=roi)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.5 * (leaf.grad * probs).sum().item(), rel=1e-5)
-    assert (leaf.grad.permute(1, 0, 2, 3)[:, roi == 0] == 0).all() and (leaf.grad <= 0).all()
-
-
-def test_energy_of_labels_apart(wk):
-    """Two regions, two colours: cutting along the edge costs less than cutting across."""
-    image = torch.zeros(1, 3, 20, 20, dtype=torch.uint8)
-    image[..., 10:] = 200
-    along = torch.zeros(1, 2, 20, 20)
-    along[:, 0, :, :10], along[:, 1, :, 10:] = 1, 1
-    assert wk.dense_energy_loss(image, along) < wk.dense_energy_loss(image, along.mT.contiguous())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_energy_in_half_precision(dtype):
-    """The loss of a real batch does not fit float16, and neither does the gradient before a small weight."""
-    image, probs = picture(2, 64, 64).fill_(90), torch.ones(2, 3, 64, 64, dtype=dtype).requires_grad_()
-    loss = wk.dense_energy_loss(image, probs)
-    assert loss.dtype == torch.float32 and loss < -70000
-    (1e-7 * loss * 2.0**16).backward()
-    expected = probs.detach().float().requires_grad_()
-    (1e-7 * wk.dense_energy_loss(image, expected) * 2.0**16).backward()
-    assert probs.grad.dtype == dtype
-    torch.testing.assert_close(probs.grad.float(), expected.grad, rtol=1e-2, atol=0)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert wk.dense_energy_loss(image, probs).dtype == torch.float32
-
-
-def test_energy_of_float64_runs_the_reference(wk):
-    image, probs = picture(1, 9, 10), torch.rand(1, 2, 9, 10, dtype=torch.float64, requires_grad=True)
-    loss = wk.dense_energy_loss(image, probs)
-    assert loss.dtype == torch.float64
-    grad = torch.autograd.grad(loss, probs)[0]
-    assert grad.dtype == torch.float64
-    assert loss.item() == pytest.approx(0.5 * (grad * probs).sum().item(), rel=1e-12)
-
-
-@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_second_derivatives_are_refused(wk, dtype):
-    probs = torch.rand(1, 2, 5, 6, dtype=dtype, requires_grad=True)
-    loss = wk.dense_energy_loss(picture(1, 5, 6), probs)
-    grad = torch.autograd.grad(loss.square(), probs, create_graph=True)[0]
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(grad.sum(), probs)
-
-
-@pytest.mark.parametrize("image, probs, options, error, words", [
-    (IMAGE.expand(2, -1, -1, -1), UNARY, {}, ValueError, "image must be"),
-    (torch.rand(1, 3, 6, 7), UNARY, {}, ValueError, "multiply by 255"),
-    (IMAGE, UNARY[0], {}, ValueError, "probs must be"),
-    (IMAGE, UNARY, {"roi": torch.ones(6, 7)}, ValueError, "roi must be"),
-    (IMAGE, UNARY, {"roi": 1}, TypeError, "roi must be"),
-    (IMAGE, UNARY, {"sigma_rgb": 0}, ValueError, "sigma_rgb must be"),
-    (IMAGE, UNARY, {"sigma_xy": -1.0}, ValueError, "sigma_xy must be"),
-    (IMAGE, UNARY, {"sigma_xy": "1"}, TypeError, "sigma_xy must be"),
-    (IMAGE, UNARY, {"sigma_rgb": 1e-9}, ValueError, "larger sigmas"),
-])  # fmt: skip
-def test_refusals_of_the_energy(image, probs, options, error, words):
-    with pytest.raises(error, match=words):
-        wk.dense_energy_loss(image, probs, **options)
-
-
 # Torch's machinery
 
 
@@ -559,7 +452,7 @@ torch.save(results, {str(tmp_path / "results.pt")!r})
         assert (grad - exact.grad).abs().max() <= 1e-5 * exact.grad.abs().max()
 
 
-# Processes, threads, memory, garbage
+# Processes, memory
 
 
 def run(script, *arguments, timeout=200):
@@ -568,28 +461,6 @@ def run(script, *arguments, timeout=200):
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
     return done.stdout
-
-
-@pytest.mark.native
-def test_python_threads():
-    image, unary = picture(2, 40, 70), energies(2, 3, 40, 70)
-
-    def both():
-        return wk.dense_crf(image, unary, iterations=2), wk.dense_energy_loss(image, unary)
-
-    expected, wrong = both(), []
-
-    def work():
-        for _ in range(20):
-            if not all(map(torch.equal, both(), expected)):
-                wrong.append(threading.get_ident())
-
-    threads = [threading.Thread(target=work) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-    assert not any(thread.is_alive() for thread in threads) and not wrong
 
 
 @pytest.mark.native
@@ -641,64 +512,3 @@ def test_memory():
     plane = 375 * 500 * 4 / 2**20
     assert peak < (21 + 24 + 45 + 24) * plane * 1.1
     assert leak < 1
-
-
-GARBAGE = """
-import random, sys, warnings
-import torch
-import wsss_kernels as wk
-
-warnings.simplefilter("ignore")
-draw = random.Random(int(sys.argv[1]))
-torch.manual_seed(int(sys.argv[1]))
-nan, inf = float("nan"), float("inf")
-NUMBERS = [0, 1, 3, -1, 0.5, 13.0, 80.0, 1e-9, 1e-300, 5e-324, 1e39, 1e300, nan, inf, -inf, 2**31, 10**400, True, None,
-           "5", [], torch.tensor(5.0)]
-DTYPES = [torch.float32] * 6 + [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64]
-FILLS = [nan, inf, -inf, 0.0, 1e38, -1e38, 1e-40, 255.0]
-
-def tensor(*size, dtypes=DTYPES):
-    if draw.random() < 0.05:
-        size = [draw.choice([0, 1, 3]) for _ in range(draw.randrange(6))]
-    x = torch.rand(size) * 200 if draw.random() < 0.7 else torch.full(size, draw.choice(FILLS))
-    x = x.to(draw.choice(dtypes))
-    kind = draw.randrange(16)
-    if kind == 0:
-        return torch.empty(size, device="meta")
-    if kind == 1 and x.dim() >= 2:
-        return x.mT.contiguous().mT
-    if kind == 2:
-        return x.tolist()
-    if kind == 3 and x.is_floating_point():
-        return x.requires_grad_()
-    return x
-
-def number(usual):
-    return draw.choice(NUMBERS) if draw.random() < 0.15 else usual
-
-raised = done = 0
-for _ in range(int(sys.argv[2])):
-    batch, labels, height, width = (draw.choice([0, 1, 1, 2, 3, 5, 17, 33]) for _ in range(4))
-    image = tensor(batch, 3, height, width, dtypes=[torch.uint8] * 6 + DTYPES)
-    maps = tensor(batch, labels, height, width)
-    try:
-        if draw.random() < 0.5:
-            out = wk.dense_crf(image, maps, iterations=number(2), gaussian=(number(3), number(3)),
-                               bilateral=(number(80), number(13), number(10)))
-        else:
-            roi = draw.choice([None, None, tensor(batch, height, width), tensor(batch, 1, height, width)])
-            out = wk.dense_energy_loss(image, maps, roi=roi, sigma_rgb=number(15), sigma_xy=number(100))
-            if out.requires_grad:
-                out.backward()
-        done += 1
-    except (TypeError, ValueError, RuntimeError):
-        raised += 1
-assert raised > 50 and done > 50, (raised, done)
-"""
-
-
-@pytest.mark.native
-@pytest.mark.parametrize("seed", range(2))
-def test_garbage(seed):
-    """Only TypeError, ValueError and RuntimeError come out, and the process lives."""
-    run(GARBAGE, str(seed), "1500")

@@ -22,7 +22,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, tor
 
 def odd_format(draw: random.Random, x: torch.Tensor) -> torch.Tensor:
     kind = draw.choice(["contiguous", "contiguous", "channels_last", "transposed", "every second", "offset"])
-    if kind == "channels_last":
+    if kind == "channels_last" and x.dim() == 4:
         return x.contiguous(memory_format=torch.channels_last)
     if kind == "transposed":
         return x.mT.contiguous().mT
@@ -221,3 +221,134 @@ def test_affinity_loss(device, first, assert_close, nan_filled):
         check("loss", out.cpu(), expected, dtype, assert_close, case)
         grad = torch.autograd.grad(out, leaf)[0].cpu()
         check("gradient", grad, torch.autograd.grad(expected, exact)[0], dtype, assert_close, case)
+
+
+def both_ways(names, outputs, expected, leaves, exact, dtype, assert_close, case, tol=0.0):
+    """Checks outputs, and the gradients of a weighted sum of them in the leaves."""
+    upstream = [torch.rand(out.shape).to(out.dtype) for out in outputs]
+    for name, out, wanted in zip(names, outputs, expected, strict=True):
+        assert out.dtype == dtype and out.is_contiguous(), (name, case)
+        check(name, out, wanted, dtype, assert_close, case, tol)
+    grads = torch.autograd.grad(outputs, leaves, [up.to(out.device) for up, out in zip(upstream, outputs, strict=True)])
+    wanted = torch.autograd.grad(expected, exact, [up.double() for up in upstream])
+    for i, (grad, exact_grad) in enumerate(zip(grads, wanted, strict=True)):
+        check(f"gradient {i}", grad, exact_grad, dtype, assert_close, case, tol)
+
+
+def leaf_and_exact(draw, device, dtype, *shape):
+    x = odd_format(draw, torch.randn(*shape).to(dtype).to(device)).requires_grad_()
+    return x, x.detach().double().cpu().requires_grad_()
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_soft_histogram(device, first, assert_close, nan_filled):
+    for i in range(first, first + BLOCK):
+        draw = random.Random(f"histogram {SEED} {i}")
+        torch.manual_seed(draw.randrange(2**31))
+        batch, height, width = draw_sizes(draw)
+        # One word or channel alone has a gradient of 0.
+        depth, count, dtype = draw.randint(2, 40), draw.choice([2, 17, 50]), draw.choice(list(TOLERANCE))
+        feats, exact_feats = leaf_and_exact(draw, device, dtype, batch, depth, height, width)
+        codebook, exact_codebook = leaf_and_exact(draw, device, dtype, count, depth)
+        temperature = draw.choice([1.0, 0.1, 20.0])
+        case = {"feats": list(feats.shape), "words": count, "dtype": dtype, "temperature": temperature, "case": i}
+        histogram, assignment, words = wk.soft_histogram(feats, codebook, temperature=temperature)
+        expected, nearest, there = reference.soft_histogram(exact_feats, exact_codebook, temperature=temperature)
+        assert torch.equal(assignment.cpu(), nearest) and torch.equal(words.cpu(), there), case
+        leaves, exact = [feats, codebook], [exact_feats, exact_codebook]
+        both_ways(["histogram"], [histogram], [expected], leaves, exact, dtype, assert_close, case)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_hspp(device, first, assert_close, nan_filled):
+    for i in range(first, first + BLOCK):
+        draw = random.Random(f"hspp {SEED} {i}")
+        torch.manual_seed(draw.randrange(2**31))
+        batch, height, width = draw_sizes(draw)
+        levels = draw.choice([(1,), (1, 2, 4), (3,), (2, 5), (1, 2, 3, 4, 5, 6)])
+        height, width = max(height, *levels, 1), max(width, *levels, 1)
+        dtype, gamma = draw.choice(list(TOLERANCE)), draw.choice([0, 1, 2.0])
+        feats, exact = leaf_and_exact(draw, device, dtype, batch, draw.randint(1, 40), height, width)
+        case = {"feats": list(feats.shape), "levels": levels, "gamma": gamma, "dtype": dtype, "case": i}
+        out = wk.hspp(feats, levels=levels, gamma=gamma)
+        expected = reference.hspp(exact, levels=levels, gamma=gamma)
+        both_ways(["result"], [out], [expected], [feats], [exact], dtype, assert_close, case)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_memory_attention(device, first, assert_close, nan_filled):
+    for i in range(first, first + BLOCK):
+        draw = random.Random(f"memory {SEED} {i}")
+        torch.manual_seed(draw.randrange(2**31))
+        batch, count, entries = draw.randint(0, 4), draw.choice([0, 1, 7, 33]), draw.choice([1, 3, 20, 65])
+        heads, depth, dtype = draw.randint(1, 3), draw.choice([1, 5, 16, 37]), draw.choice(list(TOLERANCE))
+        shared = draw.random() < 0.5
+        memory = (heads, entries, depth) if shared else (batch, heads, entries, depth)
+        query, exact_query = leaf_and_exact(draw, device, dtype, batch, heads, count, depth)
+        keys, exact_keys = leaf_and_exact(draw, device, dtype, *memory)
+        values, exact_values = leaf_and_exact(draw, device, dtype, *memory)
+        mask = torch.rand(batch, entries) < draw.choice([0.0, 0.3, 0.9]) if draw.random() < 0.7 else None
+        options = {"scale": draw.choice([None, 0.5])}
+        if draw.random() < 0.3:
+            options["threshold"] = 0.5 / entries
+        case = {
+            "query": list(query.shape),
+            "memory": memory,
+            "mask": mask is not None,
+            "dtype": dtype,
+            "case": i,
+            **options,
+        }
+        there = mask if mask is None else mask.to(device)
+        out, entropy = wk.cross_image_attention(query, keys, values, mask=there, return_entropy=True, **options)
+        exact = [exact_query, exact_keys, exact_values]
+        expected, wanted = reference.cross_image_attention(*exact, mask=mask, return_entropy=True, **options)
+        outputs, expected = [out, 1 + entropy], [expected, 1 + wanted]  # 1e-5 where one entry is allowed
+        leaves = [query, keys, values]
+        both_ways(["result", "entropy"], outputs, expected, leaves, exact, dtype, assert_close, case)
+        entropy = wk.attention_entropy(query, keys, mask=there, scale=options["scale"])
+        check("entropy alone", 1 + entropy, expected[1], dtype, assert_close, case)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_class_context(device, first, assert_close, nan_filled):
+    for i in range(first, first + BLOCK):
+        draw = random.Random(f"context {SEED} {i}")
+        torch.manual_seed(draw.randrange(2**31))
+        batch, height, width = draw_sizes(draw)
+        depth, classes, dtype = draw.randint(1, 40), draw.randint(1, 22), draw.choice(list(TOLERANCE))
+        feats, exact = leaf_and_exact(draw, device, dtype, batch, depth, height, width)
+        confidence = torch.rand(batch, classes, height, width).to(dtype)
+        assign = torch.randint(-1, classes + 1, (batch, height, width)) if draw.random() < 0.5 else None
+        threshold = draw.choice([0.0, 0.5, 0.99])
+        case = {"feats": list(feats.shape), "classes": classes, "threshold": threshold, "dtype": dtype, "case": i}
+        there = assign if assign is None else assign.to(device)
+        outputs = wk.class_context(feats, odd_format(draw, confidence.to(device)), threshold=threshold, assign=there)
+        expected = reference.class_context(exact, confidence.double(), threshold=threshold, assign=assign)
+        check("weights", outputs[1], expected[1], outputs[1].dtype, assert_close, case)
+        both_ways(["prototypes"], outputs[:1], expected[:1], [feats], [exact], dtype, assert_close, case)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, BLOCK))
+def test_kmeans(device, first, assert_close, nan_filled):
+    for i in range(first, first + BLOCK):
+        draw = random.Random(f"kmeans {SEED} {i}")
+        torch.manual_seed(draw.randrange(2**31))
+        problems, starts, ks = [], [], []
+        for _ in range(draw.randint(1, 4)):
+            rows, depth = draw.randint(1, 120), draw.choice([1, 3, 20, 33])
+            k = draw.randint(1, min(rows, 9))
+            problems.append(4 * torch.randint(0, 4, (rows, depth)).float() + torch.randn(rows, depth))
+            starts.append(problems[-1][torch.randperm(rows)[:k]])
+            ks.append(k)
+        iterations = draw.choice([1, 3, 50])
+        case = {"rows": [list(x.shape) for x in problems], "k": ks, "iterations": iterations, "case": i}
+        there = [odd_format(draw, x.to(device)) for x in problems]
+        found = wk.kmeans(there, ks, init=[start.to(device) for start in starts], iterations=iterations, tol=0)
+        exact = reference.kmeans(
+            [x.double() for x in problems], ks, init=[s.double() for s in starts], iterations=iterations, tol=0
+        )
+        for rows, got, wanted in zip(problems, found, exact, strict=True):
+            assert torch.equal(got.labels.cpu(), wanted.labels) and got.n_iter == wanted.n_iter, case
+            check("centers", got.centers, wanted.centers, torch.float32, assert_close, case)
+            assert abs(got.inertia - wanted.inertia) <= 1e-5 * float(rows.square().sum()) + 1e-30, case

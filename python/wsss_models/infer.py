@@ -49,18 +49,24 @@ class Scales:
 
 
 def merged_cams(
-    cams: Callable[[Tensor], Tensor], pyramid: list[Tensor], size: tuple[int, int], scales: Scales | None = None
+    cams: Callable[[Tensor], Tensor],
+    pyramid: list[Tensor],
+    size: tuple[int, int],
+    scales: Scales | None = None,
+    *,
+    join: Callable[[Tensor], Tensor] = lambda maps: maps,
 ) -> Tensor:
     """Maps of pictures of one size, merged over scales and flips as published.
 
         total = sum over scales of resize(merge(cams(x), unflip(cams(flip(x)))))
-        result = total / (max of each class + 1e-5)
+        result = join(total) / (max of each class + 1e-5)
 
     Args:
         cams: [B, 3, h, w] -> [B, C, h', w'] >= 0.
         pyramid: the pictures at each scale, [B, 3, h_s, w_s], normalised.
         size: of the pictures at scale 1, (height, width).
         scales: how they are merged; its `scales` have been used to make the pyramid.
+        join: [B, m, h, w] -> [B, C, h, w], where `cams` gives more maps than classes.
 
     Returns:
         Tensor: [B, C, ceil(height / stride), ceil(width / stride)] float32. The flip pair is merged at the network's
@@ -80,6 +86,7 @@ def merged_cams(
         maps = F.interpolate(maps.float(), target, mode="bilinear", align_corners=False)
         total = maps if total is None else total + maps
     assert total is not None
+    total = join(total)
     return total / (total.amax(dim=(2, 3), keepdim=True) + 1e-5)
 
 
@@ -127,7 +134,8 @@ def write_cams(
     What is there with the same settings is kept, so that the same call goes on where an interrupted one stopped.
 
     Args:
-        model: has `cams`; its mode and device are changed.
+        model: has `cams`, or `view_maps` (maps of one view) and `join` (what makes classes of their sum); its mode and
+            device are changed.
         pictures: the set, with labels. A picture without a class gets a file without maps.
         out: folder; an id "sub/name" becomes "sub/name.npz".
         scales: how maps are merged.
@@ -163,6 +171,8 @@ def write_cams(
             texts[i] = text
     advance(kept)
     model.to(device).eval()
+    of_view = getattr(model, "view_maps", None)
+    view, merge = (model.cams, {}) if of_view is None else (of_view, {"join": model.join})
     dataset = Pyramid(pictures, numbers, scales, NORMALISATIONS[normalisation])
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=_one_thread)
     written = 0
@@ -177,7 +187,7 @@ def write_cams(
             pyramid = [
                 torch.stack(level).to(device) for level in zip(*(item["pyramid"] for item in items), strict=True)
             ]
-            maps = merged_cams(model.cams, pyramid, items[0]["size"], scales)
+            maps = merged_cams(view, pyramid, items[0]["size"], scales, **merge)
             for item, planes in zip(items, maps, strict=True):
                 chosen = planes[torch.as_tensor(item["class_ids"] - 1, device=maps.device)].cpu().numpy()
                 pending.append(pool.submit(save, item, chosen))
@@ -188,6 +198,42 @@ def write_cams(
         for future in pending:
             future.result()
     return written, kept
+
+
+def image_features(
+    model: nn.Module,
+    pictures: PictureSet,
+    *,
+    normalisation: str = "imagenet",
+    device: torch.device | str = "cpu",
+    batch_size: int = 4,
+    workers: int = 2,
+    advance: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """The mean over the pixels of the backbone's last stage, of whole pictures at scale 1 that are not flipped.
+
+    Args:
+        model: has `backbone`; its mode and device are changed.
+        pictures: the set; at least one.
+        normalisation, device, batch_size, workers, advance: as of `write_cams`.
+
+    Returns:
+        np.ndarray: [N, D] float32, in the order of the set.
+
+    Raises:
+        FileError: a picture that cannot be used.
+    """
+    model.to(device).eval()
+    dataset = Pyramid(pictures, list(range(len(pictures))), Scales((1.0,)), NORMALISATIONS[normalisation])
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, worker_init_fn=_one_thread)
+    rows: dict[int, np.ndarray] = {}
+    with torch.inference_mode():
+        for items in _of_one_size(_usable(loader, pictures, None), batch_size):
+            images = torch.stack([item["pyramid"][0] for item in items]).to(device)
+            means = model.backbone.features(images)[-1].mean(dim=(2, 3)).float().cpu().numpy()
+            rows.update(zip((item["number"] for item in items), means, strict=True))
+            advance(len(items))
+    return np.stack([rows[i] for i in range(len(pictures))])
 
 
 def load_run(run: Path | str) -> tuple[nn.Module, dict[str, Any]]:

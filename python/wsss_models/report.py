@@ -7,6 +7,7 @@ import colorsys
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -113,7 +114,7 @@ def read_run(path: Path | str) -> Run:
     problems: list[str] = []
     manifests, curves = {}, {}
     folders = {child.name for child in path.iterdir() if (child / MANIFEST).is_file() or (child / LOG).is_file()}
-    for name in [*(n for n in TRAININGS if n in folders), *sorted(folders.difference(TRAININGS))]:
+    for name in _in_order(folders):
         try:
             if (path / name / MANIFEST).is_file():
                 manifests[name] = _read_object(path / name / MANIFEST)
@@ -277,6 +278,13 @@ def _read_results(path: Path) -> dict[str, Any]:
     return results
 
 
+def _in_order(folders: set[str]) -> list[str]:
+    """As in a run: rounds come after the classifier that they start from."""
+    rounds = sorted((n for n in folders if re.fullmatch(r"round\d+", n)), key=lambda n: int(n[5:]))
+    first, *later = TRAININGS
+    return [n for n in (first, *rounds, *later) if n in folders] + sorted(folders.difference(TRAININGS, rounds))
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -331,13 +339,13 @@ def _case(
         except _OF_THE_FILE as error:
             failed(name, str(error) or "not enough memory")
             return Panel(title, note="cannot be read")
-        return Panel(title, note=absent) if drawn is None else Panel(title, _jpeg(drawn), drawn.shape[1::-1])
+        return Panel(title, note=absent) if drawn is None else Panel(title, jpeg(drawn), drawn.shape[1::-1])
 
     photograph: np.ndarray | None = None
 
     def read() -> np.ndarray:
         nonlocal photograph
-        photograph = _reduced(pictures.image(i))
+        photograph = reduced(pictures.image(i))
         return photograph
 
     def truth() -> np.ndarray | None:
@@ -367,9 +375,10 @@ def _case(
     return Case(name, classes, scores, first, panel("ground truth", truth, "no ground truth"), made)
 
 
-def _reduced(picture: np.ndarray) -> np.ndarray:
+def reduced(picture: np.ndarray, side: int = THUMBNAIL) -> np.ndarray:
+    """[H, W, 3] uint8, the long side at most `side` pixels."""
     image = Image.fromarray(picture)
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     return np.asarray(image)
 
 
@@ -399,7 +408,8 @@ def _colour(class_id: int) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _jpeg(picture: np.ndarray) -> str:
+def jpeg(picture: np.ndarray) -> str:
+    """Base64."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=_QUALITY, optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()

@@ -12,21 +12,34 @@ from wsss_models.data.artefacts import shown
 from wsss_models.report import Case, Gallery, Panel, Run
 from wsss_models.report_charts import chart
 from wsss_models.report_style import STYLE
+from wsss_models.report_subcategories import SubCategoryGallery
 
 _BACKGROUND = "background"
 _PROBLEMS = 20  # lines on the page
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # no request, no script
-_SECTIONS = {"results": "Results", "curves": "Training", "pictures": "Pictures", "settings": "Settings"}
-_NAVIGATION = "<nav>" + " ".join(f'<a href="#{name}">{text}</a>' for name, text in _SECTIONS.items()) + "</nav>"
+_SECTIONS = {
+    "results": "Results",
+    "curves": "Training",
+    "pictures": "Pictures",
+    "subcategories": "Sub-categories",
+    "settings": "Settings",
+}
+_SUB_CATEGORIES = "subcategories"  # section of the runs that have them
 
 
-def page(runs: Sequence[Run], galleries: Sequence[Gallery], problems: Sequence[str] = ()) -> str:
+def page(
+    runs: Sequence[Run],
+    galleries: Sequence[Gallery],
+    problems: Sequence[str] = (),
+    sub_categories: Sequence[SubCategoryGallery] = (),
+) -> str:
     """The whole document.
 
     Args:
         runs: one or more, of different names.
         galleries: their pictures, one a split; may be empty.
         problems: what could not be used, one line each.
+        sub_categories: of the runs that have them.
     """
     title = runs[0].name if len(runs) == 1 else " / ".join(run.name for run in runs)
     parts = [
@@ -36,7 +49,7 @@ def page(runs: Sequence[Run], galleries: Sequence[Gallery], problems: Sequence[s
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         f"<title>{_text(title)}</title><style>{STYLE}</style></head><body><main>",
         f"<header><h1>{_text(title)}</h1>{_summary(runs)}</header>",
-        _NAVIGATION,
+        _navigation(bool(sub_categories)),
         _notes(runs, problems),
         '<h2 id="results">Results</h2>',
         *(_comparison(runs) if len(runs) > 1 else _results(runs[0])),
@@ -45,11 +58,18 @@ def page(runs: Sequence[Run], galleries: Sequence[Gallery], problems: Sequence[s
         '<h2 id="pictures">Pictures</h2>',
         *(part for gallery in galleries for part in _gallery(runs, gallery)),
         "" if galleries else "<p>No pictures on this page.</p>",
+        f'<h2 id="{_SUB_CATEGORIES}">{_SECTIONS[_SUB_CATEGORIES]}</h2>' if sub_categories else "",
+        *(part for gallery in sub_categories for part in _sub_categories(gallery, len(runs) > 1)),
         '<h2 id="settings">Settings</h2>',
         *(_settings(run, len(runs) > 1) for run in runs),
         "</main></body></html>\n",
     ]
     return "".join(parts)
+
+
+def _navigation(sub_categories: bool) -> str:
+    names = [name for name in _SECTIONS if name != _SUB_CATEGORIES or sub_categories]
+    return "<nav>" + " ".join(f'<a href="#{name}">{_SECTIONS[name]}</a>' for name in names) + "</nav>"
 
 
 def _summary(runs: Sequence[Run]) -> str:
@@ -195,6 +215,38 @@ def _panel(name: str, panel: Panel) -> str:
     else:
         picture = f'<div class="none">{_text(panel.note)}</div>'
     return f"<figure>{picture}<figcaption>{_text(panel.title)}</figcaption></figure>"
+
+
+def _sub_categories(gallery: SubCategoryGallery, named: bool) -> Iterator[str]:
+    if named:
+        yield f"<h3>{_text(gallery.run)}</h3>"
+    yield (
+        f'<p class="soft">Clusters of the features of each class\'s pictures, as {_text(gallery.stage)} was trained on;'
+        " the pictures nearest to the center, the nearest first.</p>"
+    )
+    for name, parts in gallery.classes.items():
+        pictures = sum(part.pictures for part in parts)
+        yield (
+            f'<details open><summary><b>{_text(name)}</b> <span class="soft">{_plural(pictures, "picture")},'
+            f" {_plural(len(parts), 'sub-category', 'sub-categories')}</span></summary>"
+        )
+        for part in parts:
+            yield f'<h5>{part.number} <span class="soft">{_plural(part.pictures, "picture")}</span></h5>'
+            yield f'<div class="thumbs">{"".join(_thumbnail(panel) for panel in part.nearest)}</div>'
+        yield "</details>"
+
+
+def _thumbnail(panel: Panel) -> str:
+    if not panel.jpeg:
+        return f'<span class="soft">{_text(panel.title)}: {_text(panel.note)}</span>'
+    width, height = panel.size
+    alt = _text(panel.title)
+    source = f"data:image/jpeg;base64,{panel.jpeg}"
+    return f'<img src="{source}" width="{width}" height="{height}" alt="{alt}" title="{alt}">'
+
+
+def _plural(count: int, one: str, many: str = "") -> str:
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def _settings(run: Run, named: bool) -> str:

@@ -51,6 +51,9 @@ circle{fill:var(--k)}
 .strip img,.none{display:block;width:100%;height:auto;border-radius:6px}
 .none{display:grid;place-items:center;min-height:110px;padding:8px;border:1px dashed var(--line);color:var(--soft);
 font-size:.85rem;text-align:center}
+.thumbs{display:flex;flex-wrap:wrap;gap:6px;margin:0 0 14px}
+.thumbs img{border-radius:4px}
+details h5{margin-top:10px}
 figcaption{margin-top:4px;color:var(--soft);font-size:.82rem}
 .score{display:inline-block;margin:0 6px;padding:0 8px;border-radius:99px;background:var(--bar);font-weight:600;
 font-variant-numeric:tabular-nums}

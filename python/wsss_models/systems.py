@@ -12,7 +12,7 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from types import ModuleType
 from typing import Any
 
-SYSTEMS = ("classifier", "affinitynet", "irnet", "mcic", "deeplab")
+SYSTEMS = ("classifier", "affinitynet", "irnet", "sccam", "puzzlecam", "vwe", "mcic", "deeplab")
 
 
 def system(name: str) -> ModuleType:

@@ -93,7 +93,7 @@ def train(
         precision: "32-true", "bf16-mixed" or "16-mixed".
         workers: processes that read samples; 0 = none but this one.
         checkpoint_steps: also write a checkpoint every so many steps.
-        stop_after: end after this step, as if interrupted; for tests and time limits.
+        stop_after: end after this step, as if interrupted; resumed with the same number, nothing is left to do.
         about: what else the manifest should say (system, data); compared on resumption, too.
 
     Returns:
@@ -107,6 +107,7 @@ def train(
     out, recipe = Path(out), model.config.recipe
     order = Order(len(samples), recipe.batch_size, seed=seed, rank=fabric.global_rank, processes=fabric.world_size)
     steps = recipe.epochs * order.steps
+    last = steps if stop_after is None else min(steps, stop_after)
     manifest = {"config": as_dict(model.config), "seed": seed, "precision": precision, **(about or {})}
     state = _start(fabric, out, manifest, resume)
     _seed(seed, 0, 0)
@@ -125,8 +126,8 @@ def train(
         worker_init_fn=_one_thread,
     )
     losses: list[float] = []
-    with _Log(fabric, out, steps, done) as log:
-        for epoch in range(done // order.steps, recipe.epochs):
+    with _Log(fabric, out, last, done) as log:
+        for epoch in range(done // order.steps, recipe.epochs) if done < last else ():
             order.start(epoch, done - epoch * order.steps)
             if hasattr(samples, "set_epoch"):
                 samples.set_epoch(epoch)
@@ -140,10 +141,10 @@ def train(
                 sgd.zero_grad()
                 done += 1
                 losses.append(log(done, _mean(fabric, terms), sgd.param_groups[0]["lr"]))
-                at_end = done % order.steps == 0 or done == stop_after
+                at_end = done % order.steps == 0 or done == last
                 if at_end or (checkpoint_steps and done % checkpoint_steps == 0):
                     _save(out, model, sgd, fabric, done)
-                if done == stop_after:
+                if done == last:
                     return losses
     return losses
 

@@ -41,6 +41,11 @@ def takes_saliency(module: ModuleType) -> bool:
     return getattr(module, "TAKES_SALIENCY", False)
 
 
+def needs_sub_labels(module: ModuleType) -> bool:
+    """Whether a system trains on sub-categories of the classes."""
+    return hasattr(module, "sub_categories")
+
+
 def samples_of(
     module: ModuleType,
     config: Any,
@@ -49,6 +54,7 @@ def samples_of(
     seed: int = 0,
     labels: Path | None = None,
     saliency: Path | None = None,
+    sub_labels: np.ndarray | None = None,
 ) -> Samples:
     """The augmented samples that the loss of a system takes.
 
@@ -61,8 +67,14 @@ def samples_of(
             system that trains on masks takes the set's own without it.
         saliency: folder of saliency PNGs of the pictures' sizes (grey, 0..255), where the system takes them
             (`takes_saliency`); its samples then have "saliency" [1, h, w] in 0..1, 0 in the padding.
+        sub_labels: [N, C * K] in the order of the set, where the system needs them.
     """
     recipe: Recipe = config.recipe
+    if needs_sub_labels(module):
+        if sub_labels is None or len(sub_labels) != len(pictures):
+            got = None if sub_labels is None else list(sub_labels.shape)
+            raise ValueError(f"sub_labels must be [N, C * K] with N = {len(pictures)} for this system, got {got}")
+        return Samples(pictures, recipe.augment(), seed=seed, extras={"sublabel": sub_labels.__getitem__})
     if needs_masks(module):
         if labels is None:
             return Samples(pictures, recipe.augment(), seed=seed, mask=True)

@@ -317,7 +317,7 @@ def test_size_of_a_page(tmp_path):
     """24 noisy pictures of six panels, as large as a thumbnail gets."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 255, (120, 160, 3)).astype(np.uint8)).resize((640, 480))
-    panel = report._jpeg(report._reduced(np.asarray(noise)))
+    panel = report.jpeg(report.reduced(np.asarray(noise)))
     assert 24 * 6 * len(panel) < 10e6
 
 

@@ -1,5 +1,6 @@
 """`wsss run`: every stage, one table, the same numbers after being killed, and what it refuses."""
 
+import argparse
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("lightning_fabric")
+from wsss_models.cli import run
 from wsss_models.cli.main import main
 from wsss_models.cli.results import Row, of_labels, table
 from wsss_models.data.dataset import open_dataset
@@ -148,6 +150,51 @@ def test_systems_with_a_network_of_affinities(scenes, tmp_path, capsys, system):
     assert manifest["system"] == {"affinitynet": "affinitynet", "irnet": "classifier"}[system]
 
 
+@pytest.mark.parametrize("system", ["puzzlecam", "vwe"])
+def test_systems_that_are_classifiers(scenes, tmp_path, capsys, system):
+    more = ["--set", "epochs=1", "--refiner", "none"]
+    assert main(words(system, scenes, tmp_path / "out", *more)) == 0
+    branches = ["CAM words", "CAM maximum"] if system == "vwe" else []
+    found = results(tmp_path / "out")
+    maps = [f"{stage} {how}" for stage in ("CAM", *branches) for how in ("best", "free")]
+    assert [row["stage"] for row in found["rows"]] == [*maps, "labels", "deeplab", "deeplab+CRF"]
+    if system == "vwe":
+        rows = {row["stage"]: row["miou"] for row in found["rows"]}
+        assert len({rows[f"{stage} best"] for stage in ("CAM", *branches)}) == 3
+    manifest = json.loads((tmp_path / "out" / "classifier" / "manifest.json").read_text())
+    assert manifest["system"] == system
+    training = tmp_path / "out" / "classifier"
+    arguments = ["cams", "--run", f"{training}", "--data", f"{scenes}", "--out", f"{tmp_path / 'out' / 'cams'}"]
+    capsys.readouterr()
+    assert main([*arguments, "--split", "train", "--workers", "0"]) == 0  # the same settings as those of the run
+    assert "24 already done" in capsys.readouterr().out
+    assert main([*arguments, "--branch", "edges"]) == 2
+    message = "--branch must be one of convolution, words, maximum" if branches else "--branch must be left out"
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("system", "which", "affinity", "segmentation"),
+    [
+        ("puzzlecam", "published", ("irnet", "published"), "v3plus"),
+        ("puzzlecam", "tiny", ("irnet", "tiny"), "tiny"),
+        ("vwe", "vwl-m", ("irnet", "resnet101"), "published"),
+        ("vwe", "tiny-m", ("irnet", "tiny"), "tiny"),
+    ],
+)
+def test_the_stages_after_a_preset(scenes, tmp_path, system, which, affinity, segmentation):
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    arguments = parser.parse_args([system, f"--data={scenes}", f"--out={tmp_path / 'out'}", f"--preset={which}"])
+    train, val = open_dataset(scenes, "train"), open_dataset(scenes, "val")
+    stages = run._Stages(arguments, run._plan(arguments, train, val), train, val)
+    assert stages._networks == {
+        "classifier": (system, which),
+        "affinity": affinity,
+        "deeplab": ("deeplab", segmentation),
+    }
+
+
 @pytest.mark.parametrize("refiner", ["none", "image,crf"])
 def test_refiners_of_pictures(scenes, tmp_path, refiner):
     more = ["--set", "epochs=1", "--refiner", refiner]
@@ -165,6 +212,7 @@ def test_refusals(scenes, tmp_path, capsys, monkeypatch):
         (["--set", "affinity.epochs=1"], "no stage affinity"),
         (["--set", "deeplab.epoch=1"], "did you mean epochs"),
         (["--preset", "huge"], "preset must be one of"),
+        (["--refiner", "affinitynet", "--preset", "resnet101"], "no preset with the backbone resnet101"),
         (["--val-split", "nothing"], "nothing"),
     ):
         assert main([*words("classifier", scenes, tmp_path / "out"), *more]) == 2

@@ -28,6 +28,8 @@ def batch_for(name, config, size=64, count=2, seed=0):
         batch["mask"] = torch.randint(0, config.num_classes + 1, (count, size, size), generator=g)
         batch["mask"][:, :5] = 255
         del batch["label"]
+    if name == "sccam":
+        batch["sublabel"] = (torch.rand(count, config.num_classes * config.clusters, generator=g) > 0.9).float()
     if hasattr(system(name), "STRIDE"):
         side = size // system(name).STRIDE
         labels = torch.randint(0, 4, (count, side, side), generator=g)
@@ -134,12 +136,16 @@ def test_boundary_stage_loss():
 @pytest.mark.parametrize(("name", "which"), PRESETS)
 def test_every_preset_runs_forward(name, which):
     config = preset(name, which)
+    if config.backbone.startswith("timm/"):
+        pytest.importorskip("timm")
     model = system(name).Model(config).eval()
     with torch.no_grad():
         maps = model.cams(torch.randn(1, 3, 40, 48))
     stride = (
         16
-        if config.strides == (2, 2, 2, 1) and config.backbone.startswith("resnet") and config.backbone != "resnet38"
+        if config.strides == (2, 2, 2, 1)
+        and config.backbone.startswith(("resnet", "timm/resnest"))
+        and config.backbone != "resnet38"
         else 8
     )
     assert maps.shape == (1, config.num_classes, -(-40 // stride), -(-48 // stride))

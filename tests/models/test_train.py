@@ -75,6 +75,15 @@ def test_resumption_gives_the_same_bits(colours, small_classifier, tmp_path, sto
     assert run(other, colours, tmp_path / "part", resume=True) == []  # nothing left to do
 
 
+def test_a_training_that_ends_before_its_schedule(colours, small_classifier, tmp_path):
+    """The rate is that of the whole schedule; resumed to the same step nothing is left to do, also inside an epoch."""
+    losses = run(small_classifier(), colours, tmp_path / "whole")
+    assert run(small_classifier(), colours, tmp_path / "part", stop_after=5) == losses[:5]
+    assert run(small_classifier(seed=5), colours, tmp_path / "part", resume=True, stop_after=5) == []
+    assert read_checkpoint(tmp_path / "part")["step"] == 5
+    assert run(small_classifier(seed=5), colours, tmp_path / "part", resume=True, stop_after=100) == losses[5:]
+
+
 def test_a_crash_between_checkpoints_costs_those_steps_only(colours, small_classifier, tmp_path, monkeypatch):
     losses = run(small_classifier(), colours, tmp_path / "whole")
 

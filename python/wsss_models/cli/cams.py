@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from wsss_models.cli.main import DONE, SOME_FAILED, UsageError
 from wsss_models.cli.pictures import torch_device
@@ -16,6 +18,7 @@ from wsss_models.data.artefacts import shown
 from wsss_models.data.dataset import open_dataset
 from wsss_models.data.folder import parse_shard
 from wsss_models.infer import FLIPS, Scales, load_run, run_hash, write_cams
+from wsss_models.systems import system
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", metavar="NAME", help="of the set, or a file with one id a line; default: all pictures")
     add("--out", type=Path, required=True, metavar="DIR", help="one .npz a picture: class_ids, cams; half precision")
     add("--scales", default="1,0.5,1.5,2", metavar="S,S,...", help="of the picture, their maps added up (1,0.5,1.5,2)")
-    add("--flip", default="sum", choices=FLIPS, help="how the flipped picture's maps are merged (sum; VWE: max)")
+    add("--flip", choices=FLIPS, help="how the flipped picture's maps are merged (sum; vwe: max)")
+    more = "sccam: parent or sub; vwe: convolution, words or maximum; default: the training's setting cam"
+    add("--branch", metavar="NAME", help=more)
     add("--stride", type=int, default=4, metavar="N", help="of the maps written (4); 1: the picture's size")
     add("--batch", type=int, default=4, metavar="N", help="pictures of one size that go through the network together")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="cpu|cuda")
@@ -40,9 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
     rank, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     try:
         numbers = tuple(float(text) for text in arguments.scales.split(","))
-        scales = Scales(numbers, arguments.flip, arguments.stride)
         shard = parse_shard(arguments.shard or f"{rank}/{processes}")
         model, manifest = load_run(arguments.training)
+        flip = arguments.flip or getattr(system(manifest["system"]), "FLIP", "sum")
+        scales = Scales(numbers, flip, arguments.stride)
+        source = _source(arguments, model, manifest["system"])
         pictures = open_dataset(arguments.data, arguments.split)
     except ValueError as error:
         raise UsageError(str(error)) from None
@@ -66,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
                 pictures,
                 arguments.out,
                 scales=scales,
-                source=run_hash(arguments.training),
+                source=source,
                 normalisation=manifest["config"]["recipe"]["normalisation"],
                 device=device,
                 batch_size=arguments.batch,
@@ -81,3 +88,18 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = time.monotonic() - began
     print(f"{written} written{already}, {failures} failed in {seconds:.1f} s; maps in {shown(arguments.out)}")
     return SOME_FAILED if failures else DONE
+
+
+def _source(arguments: argparse.Namespace, model: nn.Module, name: str) -> str:
+    """What tells the maps apart from another training's or another branch's; the model gives those of the branch."""
+    weights = run_hash(arguments.training)
+    if not hasattr(system(name), "branches"):
+        if arguments.branch is not None:
+            raise UsageError(f"--branch must be left out for {name}, which has one kind of CAMs")
+        return weights
+    known = system(name).branches(model.config)
+    branch = arguments.branch or model.config.cam
+    if branch not in known:
+        raise UsageError(f"--branch must be one of {', '.join(known)} for these settings, got {branch}")
+    model.config = replace(model.config, cam=branch)
+    return f"{weights} {branch}"

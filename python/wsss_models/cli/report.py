@@ -12,6 +12,7 @@ from wsss_models.cli.progress import Progress
 from wsss_models.data.artefacts import FileError, shown, write_atomically
 from wsss_models.report import Gallery, Run, make_gallery, open_pictures, read_runs
 from wsss_models.report_page import page
+from wsss_models.report_subcategories import SubCategoryGallery, make_sub_category_galleries
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,11 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         runs = read_runs(arguments.runs)
         galleries = _galleries(arguments, runs, failures, problems)
+        sub_categories = _sub_categories(arguments, runs, failures)
     except ValueError as error:
         raise UsageError(str(error)) from None
     finally:
         torch.set_num_threads(threads)
-    text = page(runs, galleries, [*problems, *failures]).encode("utf-8", "backslashreplace")
+    text = page(runs, galleries, [*problems, *failures], sub_categories).encode("utf-8", "backslashreplace")
     try:
         write_atomically(out, text)
     except OSError as error:
@@ -74,3 +76,13 @@ def _galleries(
             )
             for pictures, share in zip(sets, shares, strict=True)
         ]
+
+
+def _sub_categories(
+    arguments: argparse.Namespace, runs: list[Run], failures: dict[str, None]
+) -> list[SubCategoryGallery]:
+    if not arguments.pictures:
+        return []
+    return make_sub_category_galleries(
+        runs, arguments.data, failed=lambda name, reason: failures.setdefault(f"{shown(name)}: {reason}")
+    )

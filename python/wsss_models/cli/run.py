@@ -8,8 +8,10 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,11 +28,15 @@ SYSTEMS = {  # and the refiner of each
     "classifier": "image",
     "affinitynet": "affinitynet",
     "irnet": "irnet",
+    "sccam": "affinitynet",
+    "puzzlecam": "irnet",
+    "vwe": "irnet",
     "mcic": "mcic",
 }
+V3PLUS = ("puzzlecam",)  # whose last stage was published with DeepLab v3+
 TRAINED = ("affinitynet", "irnet")  # refiners that have a network of their own
 ONE_STAGE = ("mcic",)  # segment themselves, and label pictures of known classes: a refiner of their own
-STAGES = ("classifier", "affinity", "deeplab")  # that learn, and take settings
+STAGES = ("classifier", "sccam", "affinity", "deeplab")  # that learn, and take settings
 SETTINGS, RESULTS = "run.json", "results.json"
 
 
@@ -119,11 +125,11 @@ def _plan(arguments: argparse.Namespace, train: PictureSet, val: PictureSet) -> 
         raise UsageError(f"--refiner {refiner} is for the system {refiner}, got {arguments.system}")
     if arguments.saliency is not None and not takes_saliency(system(arguments.system)):
         raise UsageError(f"--saliency is for systems that take such maps, which {arguments.system} does not")
-    tiny = "tiny" if arguments.preset == "tiny" else "published"
+    tiny = "tiny" if arguments.preset.partition("-")[0] == "tiny" else "published"
     return Plan(
         system=arguments.system,
         preset=arguments.preset,
-        segmentation=arguments.segmentation or tiny,
+        segmentation=arguments.segmentation or ("v3plus" if tiny != "tiny" and arguments.system in V3PLUS else tiny),
         refiner=refiner,
         seed=arguments.seed,
         data=shown(arguments.data),
@@ -148,11 +154,14 @@ class _Stages:
         if self._device == "auto":
             self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._networks = self._configs()
+        self._rounds = self._config("sccam").rounds if "sccam" in self._networks else 0
         self._seconds = self._start()
 
     def run(self) -> None:
         out, plan = self._out, self._plan
         self._stage("classifier", self._train_classifier)
+        for number in range(1, self._rounds + 1):
+            self._stage(f"round{number}", partial(self._train_round, number))
         self._stage("cams", self._write_cams)
         if plan.refiner in TRAINED:
             self._stage("affinity", self._train_affinity)
@@ -161,6 +170,8 @@ class _Stages:
         self._stage("segmentation", self._segment)
         rows = of_maps("CAM", self._train, out / "cams")
         scales = f"scales {plan.scales}, flipped too"
+        for branch in self._branches():
+            rows += of_maps(f"CAM {branch}", self._train, out / f"cams-{branch}")
         if plan.refiner == "none":
             note = "of the CAMs, each picture's threshold found without masks"
         elif plan.refiner in ONE_STAGE:
@@ -184,15 +195,15 @@ class _Stages:
     def _configs(self) -> dict[str, tuple[str, str]]:
         """Stage -> system and preset, settings tried on each before anything is trained."""
         plan = self._plan
-        classifier = ("classifier", plan.preset)
-        if plan.system == "affinitynet":
+        classifier = ("classifier" if plan.system == "irnet" else plan.system, plan.preset)
+        if plan.system in ("affinitynet", "sccam"):
             name = "published-classifier" if plan.preset == "published" else f"{plan.preset}-classifier"
             classifier = ("affinitynet", name)
-        elif plan.system in ONE_STAGE:
-            classifier = (plan.system, plan.preset)
         networks = {"classifier": classifier, "deeplab": ("deeplab", plan.segmentation)}
+        if plan.system == "sccam":
+            networks["sccam"] = ("sccam", plan.preset)
         if plan.refiner in TRAINED:
-            networks["affinity"] = (plan.refiner, plan.preset)
+            networks["affinity"] = (plan.refiner, self._refiner_preset(classifier))
         for setting in plan.settings:
             stage, dot, _ = setting.partition("=")[0].partition(".")
             if dot and stage in STAGES and stage not in networks:
@@ -200,6 +211,19 @@ class _Stages:
         for stage, (name, which) in networks.items():
             with_settings(preset(name, which), self._settings(stage))
         return networks
+
+    def _config(self, stage: str) -> Any:
+        return with_settings(preset(*self._networks[stage]), self._settings(stage))
+
+    def _refiner_preset(self, classifier: tuple[str, str]) -> str:
+        """Of the classifier's name, or else the first with its backbone."""
+        presets, backbone = system(self._plan.refiner).PRESETS, preset(*classifier).backbone
+        if self._plan.preset in presets:
+            return self._plan.preset
+        for name, config in presets.items():
+            if config.backbone == backbone and getattr(config, "stage", "affinity") == "affinity":
+                return name
+        raise UsageError(f"{self._plan.refiner} has no preset with the backbone {backbone}: give another --refiner")
 
     def _settings(self, stage: str) -> list[str]:
         chosen = []
@@ -249,10 +273,37 @@ class _Stages:
         more = [] if maps is None else [f"--saliency={maps}"]
         self._fit("classifier", self._out / "classifier", self._plan.split, self._arguments.weights, more)
 
+    def _train_round(self, number: int) -> None:
+        """Each from the weights that the first one began with."""
+        previous = [f"--previous={self._maps_of(number - 1)}", f"--set=round={number}"]
+        self._fit("sccam", self._maps_of(number), self._plan.split, self._arguments.weights, previous)
+
+    def _maps_of(self, number: int) -> Path:
+        """The training of a round; the classifier's is number 0."""
+        return self._out / (f"round{number}" if number else "classifier")
+
     def _write_cams(self) -> None:
-        inputs = [f"--run={self._out / 'classifier'}", f"--data={self._arguments.data}", f"--split={self._plan.split}"]
+        inputs = [
+            f"--run={self._maps_of(self._rounds)}",
+            f"--data={self._arguments.data}",
+            f"--split={self._plan.split}",
+        ]
         workers = f"--workers={self._arguments.workers}"
         self._call("cams", [*inputs, f"--out={self._out / 'cams'}", f"--device={self._device}", workers])
+        for branch in self._branches():
+            more = [f"--out={self._out / f'cams-{branch}'}", f"--branch={branch}"]
+            self._call("cams", [*inputs, *more, f"--device={self._device}", workers])
+
+    def _branches(self) -> list[str]:
+        """The kinds of CAMs beside those that are refined, where the network has several."""
+        stage = self._maps_stage()
+        config = self._config(stage)
+        found = getattr(system(self._networks[stage][0]), "branches", lambda config: ())(config)
+        return [branch for branch in found if branch != config.cam]
+
+    def _maps_stage(self) -> str:
+        """Whose network gives the CAMs."""
+        return "sccam" if self._rounds else "classifier"
 
     def _train_affinity(self) -> None:
         cams = [f"--cams={self._out / 'cams'}"]
@@ -298,11 +349,11 @@ class _Stages:
     def _of_classifier(self, stage: str) -> Path | None:
         """The weights that a stage starts from, where its backbone is the classifier's."""
         found = []
-        for name in (stage, "classifier"):
-            config = with_settings(preset(*self._networks[name]), self._settings(name))
+        for name in (stage, self._maps_stage()):
+            config = self._config(name)
             found.append((config.backbone, config.width))
         if found[0] == found[1]:
-            return self._out / "classifier" / "checkpoint.pt"
+            return self._maps_of(self._rounds) / "checkpoint.pt"
         print(f"{stage} begins anew: its backbone is {found[0][0]}, the classifier's {found[1][0]}", flush=True)
         return None
 

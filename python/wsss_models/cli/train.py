@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from wsss_models.backbones import load_model, read_weights
 from wsss_models.cli.main import DONE, UsageError
 from wsss_models.cli.progress import Progress
-from wsss_models.data.artefacts import shown
+from wsss_models.data.artefacts import npz_settings, shown
 from wsss_models.data.dataset import list_splits, open_dataset
 from wsss_models.data.pictures import PictureSet
+from wsss_models.subcategories import (
+    SUB_CATEGORIES,
+    Found,
+    read_sub_categories,
+    sub_category_settings,
+    write_sub_categories,
+)
 from wsss_models.systems import SYSTEMS, preset, system, with_settings
 from wsss_models.train import PRECISIONS, data_hash, train
 from wsss_models.training_data import (
     labels_hash,
     needs_affinity_labels,
     needs_masks,
+    needs_sub_labels,
     samples_of,
     takes_saliency,
     write_training_labels,
@@ -47,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="such labels (PNG, 255 = not sure) made elsewhere; deeplab: pseudo-labels, or masks: the set's own",
+    )
+    add(
+        "--previous",
+        type=Path,
+        metavar="DIR",
+        help="sccam: the --out of the round before (of a classifier for the first), whose features are clustered",
     )
     add("--saliency", type=Path, metavar="DIR", help="mcic: saliency maps, one grey PNG a picture (0..255)")
     add("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
@@ -86,6 +102,11 @@ def _run(arguments: argparse.Namespace) -> int:
         if not takes_saliency(module):
             raise UsageError(f"--saliency is for systems that take such maps, which {arguments.system} does not")
         about["saliency"] = labels_hash(pictures, arguments.saliency)
+    sub_labels = None
+    if needs_sub_labels(module):
+        found = _sub_categories(arguments, config, pictures)
+        about["sub_categories"] = found.digest()
+        sub_labels = found.labels()
     torch.manual_seed(arguments.seed)
     model = module.Model(config)
     if arguments.weights is not None:
@@ -93,11 +114,21 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"weights of {shown(arguments.weights)}; new: {', '.join(kept) or 'none'}", flush=True)
     elif arguments.preset != "tiny" and not arguments.preset.startswith("tiny-"):
         print("no --weights: the backbone begins with random numbers, which the published settings do not", flush=True)
-    print(f"{pictures}, {arguments.system} ({arguments.preset}), {config.recipe.epochs} epochs", flush=True)
+    epochs = getattr(config, "last_epoch", config.recipe.epochs)
+    of = "" if epochs == config.recipe.epochs else f" of {config.recipe.epochs}"
+    print(f"{pictures}, {arguments.system} ({arguments.preset}), {epochs}{of} epochs", flush=True)
     began = time.monotonic()
     losses = train(
         model,
-        samples_of(module, config, pictures, seed=arguments.seed, labels=labels, saliency=arguments.saliency),
+        samples_of(
+            module,
+            config,
+            pictures,
+            seed=arguments.seed,
+            labels=labels,
+            saliency=arguments.saliency,
+            sub_labels=sub_labels,
+        ),
         arguments.out,
         seed=arguments.seed,
         resume=arguments.resume,
@@ -105,6 +136,7 @@ def _run(arguments: argparse.Namespace) -> int:
         precision=arguments.precision,
         workers=arguments.workers,
         checkpoint_steps=arguments.checkpoint_steps,
+        stop_after=epochs * (len(pictures) // config.recipe.batch_size),
         about={
             **about,
             "system": arguments.system,
@@ -152,3 +184,29 @@ def _training_labels(arguments: argparse.Namespace, pictures: PictureSet) -> Pat
     with Progress(len(pictures)) as progress:
         write_training_labels(pictures, arguments.cams, out, how=_LABELS[arguments.system], advance=progress.add)
     return out
+
+
+def _sub_categories(arguments: argparse.Namespace, config: Any, pictures: PictureSet) -> Found:
+    """Under torchrun of the first process, for which the others wait: k-means on a GPU may differ between processes."""
+    if arguments.previous is None:
+        raise UsageError(f"{arguments.system} trains on clusters of a network's features: give --previous DIR")
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        settings = sub_category_settings(arguments.previous, pictures, config)
+        while npz_settings(arguments.out / SUB_CATEGORIES) != settings:
+            time.sleep(1)
+        return read_sub_categories(arguments.out / SUB_CATEGORIES)
+    print(f"sub-categories of the features of {shown(arguments.previous)}", flush=True)
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with Progress(len(pictures)) as progress:
+        return write_sub_categories(
+            arguments.previous,
+            pictures,
+            arguments.out,
+            config,
+            device=device,
+            workers=arguments.workers,
+            advance=progress.add,
+        )

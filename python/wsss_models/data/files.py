@@ -171,6 +171,17 @@ def read_array(path: Path, name: str) -> np.ndarray:
     return _array(path, member, arrays)
 
 
+def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
+    """All arrays of an .npz.
+
+    Raises:
+        FileError: missing, damaged, or with a pickle in it.
+    """
+    path = Path(path)
+    members = _read_npz(path)
+    return {name: _array(path, name, members) for name in members}
+
+
 def write_label(path: Path | str, label: np.ndarray, *, settings: str = "") -> None:
     """Write a label picture: an index PNG with the VOC palette, complete or not at all.
 
@@ -219,9 +230,19 @@ def write_maps(path: Path | str, class_ids: np.ndarray, cams: np.ndarray, *, set
     _check_class_ids(path, class_ids, MAX_CLASS_ID)
     if cams.size and not np.abs(cams).max() < np.finfo(np.float16).max:
         raise ValueError(f"cams must be finite and below 65,504, got a largest value of {np.abs(cams).max()}")
+    write_arrays(path, {"class_ids": class_ids, "cams": cams.astype(np.float16)}, settings=settings)
+
+
+def write_arrays(path: Path | str, arrays: Mapping[str, np.ndarray], *, settings: str = "") -> None:
+    """Write an .npz, compressed, complete or not at all; the same input gives the same bytes.
+
+    Raises:
+        ValueError: an array of Python objects.
+        OSError: of the file layer.
+    """
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
-        for name, array in (("class_ids", class_ids), ("cams", cams.astype(np.float16))):
+        for name, array in arrays.items():
             member = io.BytesIO()
             np.lib.format.write_array(member, array, allow_pickle=False)
             entry = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, not now

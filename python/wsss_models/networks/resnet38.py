@@ -18,7 +18,7 @@ class ResNet38(nn.Module):
 
     channels = (512, 1024, 4096)
     strides = (8, 8, 8)
-    classifier_names = ("fc8.", "linear1000.", "f8_3.", "f8_4.", "f8_5.", "f9.")
+    classifier_names = ("fc8.", "fc8_20.", "fc8_200.", "linear1000.", "f8_3.", "f8_4.", "f8_5.", "f9.")
     untrained = ("conv1a", "b2", "b2_1", "b2_2")  # stay as they are in the published training
 
     def __init__(self, *, drop: tuple[float, float] = (0.3, 0.5)) -> None:
