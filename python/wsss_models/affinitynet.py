@@ -38,7 +38,11 @@ class Config:
     head: tuple[int, int, int] = (64, 128, 256)  # channels from the backbone's last three stages
     radius: int = 5  # pixels of the features' grid; neighbours nearer than that are compared
     border: str = "cropped"  # pairs of neighbours, see `local_affinity`; "full" suits small pictures better
-    steps: int = 256  # of the walk in `refine`
+    low: float = 4.0  # powers of the background from which the labels of the training are made: `affinity_labels`
+    high: float = 32.0
+    background: float = 16.0  # power of the background that walks with the maps in `labels`
+    beta: float = 8.0  # power of the affinities in the walk of `refine`
+    steps: int = 256
     root: bool = False  # maps are the square root of the rectified scores
     recipe: Recipe = field(
         default_factory=lambda: Recipe(
@@ -57,6 +61,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
+
+    def label_options(self) -> dict[str, float]:
+        """Of `affinity_labels`."""
+        return {"low": self.low, "high": self.high}
 
 
 def _classifier(config: Config, **recipe: Any) -> Config:
@@ -159,14 +167,15 @@ class Model(nn.Module):
             images: [B, 3, H, W] normalised, in evaluation mode.
             cams: [B, C, h, w].
             labels: [B, C] bool, classes present.
-            **options: of `refine_cams`, in place of the published ones (background 16, beta 8; steps and border of the
-                settings).
+            **options: of `refine_cams`, in place of the settings' (beta, steps, radius, border) and of the published
+                background, 16.
 
         Returns:
             Tensor: [B, C + 1, h, w], map 0 the background.
         """
-        options = {"steps": self.config.steps, "border": self.config.border, "radius": self.config.radius, **options}
-        return wk.refine_cams(cams, self.features(images), labels=labels, preset="psa", **options)
+        config = self.config
+        walk = {"radius": config.radius, "border": config.border, "beta": config.beta, "steps": config.steps}
+        return wk.refine_cams(cams, self.features(images), labels=labels, preset="psa", **{**walk, **options})
 
     @torch.no_grad()
     def labels(
@@ -174,7 +183,7 @@ class Model(nn.Module):
         images: Tensor,
         cams: Tensor,
         *,
-        background: float = 16.0,
+        background: float | None = None,
         class_ids: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
         """Labels of the pictures' size: the best of the refined maps and the refined background.
@@ -182,13 +191,15 @@ class Model(nn.Module):
         Args:
             images: [B, 3, H, W] normalised, in evaluation mode.
             cams: [B, C, h, w] with a peak of 1 a class, of the classes present only.
-            background: power of the background (1 - max)^background; a high one leaves less of it.
+            background: power of the background (1 - max)^background, in place of the settings'; a high one leaves
+                less of it.
             class_ids: what to write for the C classes instead of 1..C.
 
         Returns:
             Tensor: [B, H, W] int64.
         """
         size = (images.shape[-2], images.shape[-1])
+        background = self.config.background if background is None else background
         maps = self.refine(images, cams, background=background, size=size, normalize=None)
         return wk.labels_from_maps(maps, background=None, class_ids=class_ids)
 

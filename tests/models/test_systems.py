@@ -256,6 +256,36 @@ def test_affinity_refinement_is_the_published_walk():
     torch.testing.assert_close(refined, expected.detach(), rtol=1e-3, atol=1e-3)
 
 
+def test_settings_reach_the_walk_of_each_system():
+    images, cams = torch.randn(1, 3, 48, 64), torch.rand(1, 2, 12, 16) ** 3
+    config = replace(irnet.PRESETS["tiny"], walk_radius=3, beta=4, steps=8, background=0.4)
+    model = irnet.Model(config).eval()
+    walk = {"radius": 3, "beta": 4, "steps": 8, "size": (48, 64)}
+    edge = model.boundaries(images)
+    assert torch.equal(model.labels(images, cams), wk.boundary_labels(cams, edge, background=0.4, **walk))
+    assert torch.equal(
+        model.labels(images, cams, background=0.1), wk.boundary_labels(cams, edge, background=0.1, **walk)
+    )
+    model.config = replace(config, background=None)
+    assert torch.equal(model.labels(images, cams), wk.boundary_labels(cams, edge, background="auto", **walk))
+    psa = affinitynet.Model(replace(affinitynet.PRESETS["tiny"], radius=3, beta=4, steps=8, background=2)).eval()
+    cams = cams / cams.amax(dim=(2, 3), keepdim=True)
+    options = {"background": 2, "radius": 3, "beta": 4, "steps": 8, "border": "full", "size": (48, 64)}
+    maps = wk.refine_cams(cams, psa.features(images).detach(), preset="psa", normalize=None, **options)
+    assert torch.equal(psa.labels(images, cams), wk.labels_from_maps(maps, background=None))
+
+
+def test_a_backbone_learns_with_the_boundaries_where_it_is_not_frozen():
+    for frozen in (True, False):
+        config = replace(irnet.PRESETS["tiny"], num_classes=3, frozen=frozen, norm="frozen" if frozen else "train")
+        model = irnet.Model(config).train()
+        model.loss(batch_for("irnet", config, 40))["total"].backward()
+        assert all((p.grad is None) == frozen for p in model.backbone.layer1.parameters())
+        assert model.classifier.weight.grad is None
+        learning = {id(p) for group in model.parameter_groups() for p in group["params"]}
+        assert ({id(p) for p in model.backbone.parameters()} <= learning) == (not frozen)
+
+
 def test_boundaries_are_flip_equivariant():
     model = irnet.Model(irnet.PRESETS["tiny"]).eval()
     images = torch.randn(1, 3, 48, 64)

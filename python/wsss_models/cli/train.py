@@ -6,6 +6,7 @@ import argparse
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,7 +80,7 @@ def _run(arguments: argparse.Namespace) -> int:
         labels = _pseudo_labels(arguments)
         about["labels"] = MASKS if labels is None else labels_hash(pictures, labels)
     elif needs_affinity_labels(module, config):
-        labels = _training_labels(arguments, pictures)
+        labels = _training_labels(arguments, pictures, config)
     torch.manual_seed(arguments.seed)
     model = module.Model(config)
     if arguments.weights is not None:
@@ -134,7 +135,7 @@ def _pseudo_labels(arguments: argparse.Namespace) -> Path | None:
     return arguments.labels
 
 
-def _training_labels(arguments: argparse.Namespace, pictures: PictureSet) -> Path:
+def _training_labels(arguments: argparse.Namespace, pictures: PictureSet, config: Any) -> Path:
     if (arguments.cams is None) == (arguments.labels is None):
         raise UsageError(f"{arguments.system} trains on labels from CAMs: give --cams DIR, or --labels DIR")
     if arguments.labels is not None:
@@ -144,5 +145,12 @@ def _training_labels(arguments: argparse.Namespace, pictures: PictureSet) -> Pat
     out = arguments.out / "labels"
     print(f"labels from the CAMs in {shown(arguments.cams)}", flush=True)
     with Progress(len(pictures)) as progress:
-        write_training_labels(pictures, arguments.cams, out, how=_LABELS[arguments.system], advance=progress.add)
+        write_training_labels(
+            pictures,
+            arguments.cams,
+            out,
+            how=_LABELS[arguments.system],
+            options=config.label_options(),
+            advance=progress.add,
+        )
     return out
