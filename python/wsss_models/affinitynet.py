@@ -38,6 +38,7 @@ class Config:
     head: tuple[int, int, int] = (64, 128, 256)  # channels from the backbone's last three stages
     radius: int = 5  # pixels of the features' grid; neighbours nearer than that are compared
     border: str = "cropped"  # pairs of neighbours, see `local_affinity`; "full" suits small pictures better
+    paper_loss: bool = False  # the paper's: distances summed over the channels, losses 4 times as heavy
     low: float = 4.0  # powers of the background from which the labels of the training are made: `affinity_labels`
     high: float = 32.0
     background: float = 16.0  # power of the background that walks with the maps in `labels`
@@ -81,7 +82,9 @@ _TINY = Config(
     dropout=0.0,
     head=(16, 32, 64),
     border="full",
-    steps=4,  # a grid of 14 x 14 is smoothed out by more
+    low=8.0,  # its CAMs have narrow peaks
+    high=64.0,
+    steps=16,  # a grid of 14 x 14 is smoothed out by many more
     recipe=Recipe(
         epochs=20, batch_size=16, lr=0.05, lr_multiples=(1, 1, 1, 1), weight_decay=5e-4, momentum=0.9, crop=96
     ),
@@ -93,6 +96,13 @@ PRESETS = {
     "vgg16-classifier": _classifier(_VGG16),
     "tiny": _TINY,
     "tiny-classifier": replace(_TINY, stage="classifier"),
+}
+ABLATIONS = {
+    "paper's loss": ["affinity.paper_loss=True"],
+    "published labels": ["affinity.low=4", "affinity.high=32"],
+    "pairs not cropped": ["affinity.border=full"],
+    "short walk": ["affinity.steps=4"],
+    "beta 1": ["affinity.beta=1"],
 }
 
 
@@ -140,8 +150,9 @@ class Model(nn.Module):
             expected = [len(feats), *feats.shape[-2:]]
             raise ValueError(f"affinity_label must be {expected}, got {list(labels.shape)}")
         radius = self.config.radius
-        links = wk.local_affinity(feats, radius)
+        links = wk.local_affinity(feats, radius, scale=self._scale(feats))
         affinity = wk.affinity_loss(links, labels, radius=radius, border=self.config.border, ignore_index=255)
+        affinity = 4 * affinity if self.config.paper_loss else affinity
         return {"total": affinity, "affinity": affinity}
 
     def features(self, images: Tensor) -> Tensor:
@@ -175,7 +186,9 @@ class Model(nn.Module):
         """
         config = self.config
         walk = {"radius": config.radius, "border": config.border, "beta": config.beta, "steps": config.steps}
-        return wk.refine_cams(cams, self.features(images), labels=labels, preset="psa", **{**walk, **options})
+        feats = self.features(images)
+        options = {**walk, "scale": self._scale(feats), **options}
+        return wk.refine_cams(cams, feats, labels=labels, preset="psa", **options)
 
     @torch.no_grad()
     def labels(
@@ -202,6 +215,10 @@ class Model(nn.Module):
         background = self.config.background if background is None else background
         maps = self.refine(images, cams, background=background, size=size, normalize=None)
         return wk.labels_from_maps(maps, background=None, class_ids=class_ids)
+
+    def _scale(self, feats: Tensor) -> float:
+        """Of `local_affinity`, which takes the mean over the channels: 1 / D makes it the sum."""
+        return 1 / feats.shape[1] if self.config.paper_loss else 1.0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         new = [self.fc8, self.f8_3, self.f8_4, self.f8_5, self.f9, self.gn8_3, self.gn8_4, self.gn8_5]

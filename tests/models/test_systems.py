@@ -108,7 +108,7 @@ def test_affinity_stage_loss():
 
 
 def test_boundary_stage_loss():
-    config = replace(irnet.PRESETS["tiny"], num_classes=3, radius=3)
+    config = replace(irnet.PRESETS["tiny"], num_classes=3, radius=3, frozen=True, norm="frozen")
     model = irnet.Model(config).double().eval()
     batch = batch_for("irnet", config, 40)
     batch["image"] = batch["image"].double()
@@ -241,6 +241,28 @@ def test_shrunk_labels_by_hand():
         affinitynet.shrink_labels(labels[:, :9])
     rows = torch.arange(10)[:, None].expand(10, 7)
     assert irnet.shrink_labels(rows).tolist() == [[2, 2], [6, 6], [9, 9]]
+
+
+def test_the_papers_affinity_loss():
+    """Distances are sums over the channels, and the losses weigh 4 times as much as the code's."""
+    config = replace(affinitynet.PRESETS["tiny"], num_classes=3, radius=3, border="cropped", paper_loss=True)
+    model = affinitynet.Model(config).double().eval()
+    with torch.no_grad():
+        model.f9.weight /= 40  # distances of about 1
+    batch = batch_for("affinitynet", config, 72)
+    batch["image"] = batch["image"].double()
+    feats = model.features(batch["image"]).detach()
+
+    def link(b, source, destination):
+        i, j = feats[(b, slice(None), *source)], feats[(b, slice(None), *destination)]
+        return math.exp(-float((i - j).abs().sum()))
+
+    assert model.loss(batch)["total"].item() == pytest.approx(4 * pair_loss(link, batch["affinity_label"], 3), rel=1e-9)
+    cams = torch.rand(2, 3, 9, 9, dtype=torch.float64)
+    affinity = wk.local_affinity(feats, 3, scale=1 / feats.shape[1], border="cropped")
+    walked = wk.random_walk(cams, affinity, radius=3, beta=8, steps=config.steps)
+    refined = model.refine(batch["image"], cams, background=1.0, normalize=None)
+    torch.testing.assert_close(refined[:, 1:], walked)
 
 
 def test_affinity_refinement_is_the_published_walk():
