@@ -77,7 +77,7 @@ ABLATIONS = {
 
 
 class Model(nn.Module):
-    """A frozen backbone, the classifier of stage one, and the boundary branch, its parameters named as published."""
+    """A backbone, frozen as published, the classifier of stage one, and the boundary branch, named as published."""
 
     def __init__(self, config: Config | None = None) -> None:
         super().__init__()
@@ -128,7 +128,10 @@ class Model(nn.Module):
         return (plain / 2 + flipped.flip(3) / 2).sigmoid()
 
     def cams(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, C, h, w] >= 0, by the classifier that the weights brought along."""
+        """[B, 3, H, W] -> [B, C, h, w] >= 0, by the classifier that the weights brought along.
+
+        Of use with a frozen backbone alone: one that learns boundaries moves away from what that classifier knows.
+        """
         return F.relu(self.classifier(self.backbone.features(images)[-1]))
 
     @torch.no_grad()
