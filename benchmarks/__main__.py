@@ -1,18 +1,16 @@
-"""`python -m benchmarks` (the speed table), `python -m benchmarks quality --data DIR`, `python -m benchmarks plot`."""
+"""`python -m benchmarks` (the speed table), and its subcommands `quality`, `systems`, `plot`."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
-from benchmarks import plot, quality, run
-
-COMMANDS = {"run": run.main, "quality": quality.main, "plot": plot.main}
+COMMANDS = ("run", "quality", "systems", "plot")  # a module each, imported when it is asked for
 
 
 def main(argv: list[str]) -> int:
-    if argv and argv[0] in COMMANDS:
-        return COMMANDS[argv[0]](argv[1:]) or 0
-    return run.main(argv) or 0
+    name, words = (argv[0], argv[1:]) if argv and argv[0] in COMMANDS else ("run", argv)
+    return importlib.import_module(f"benchmarks.{name}").main(words) or 0
 
 
 if __name__ == "__main__":

@@ -154,6 +154,18 @@ def test_labels_of_nothing(wk, shape):
     assert wk.boundary_labels(torch.zeros(shape), edge, size=(30, 40)).shape == (shape[0], 30, 40)
 
 
+def test_labels_with_another_walk_and_threshold(wk):
+    cams, edge = blobs(3, 9, 12)[None].expand(2, 3, 9, 12) ** 2, edges(9, 12).expand(2, 1, 9, 12)
+    walk = {"radius": 3, "beta": 4, "steps": 8}
+    walked = published_walk(cams[0].double(), edge[0, 0].double(), radius=3, beta=4, exponent=3)
+    maps = (walked / walked.amax()).float().expand(2, 3, 9, 12)
+    for background in (0.4, "auto"):
+        labels = wk.boundary_labels(cams, edge, background=background, **walk)
+        expected = wk.labels_from_maps(maps, background=background)
+        assert (labels == expected).float().mean() > 0.99  # sums in another order
+        assert not torch.equal(labels, wk.boundary_labels(cams, edge, background=background))
+
+
 @pytest.mark.parametrize(
     "change, error, message",
     [
@@ -165,7 +177,10 @@ def test_labels_of_nothing(wk, shape):
         ({"boundary": torch.zeros(2, 1, 4, 5)}, ValueError, "boundary must have the batch of cams"),
         ({"boundary": torch.zeros(1, 1, 0, 5)}, ValueError, "boundary must .* at least one pixel"),
         ({"background": None}, TypeError, "background must be a number"),
-        ({"background": "auto"}, TypeError, "background must be a number"),
+        ({"background": "otsu"}, ValueError, "background must be a number, a tensor .* or \"auto\", got 'otsu'"),
+        ({"radius": 17}, ValueError, "radius must be"),
+        ({"steps": "auto"}, TypeError, "steps must be a whole number"),
+        ({"beta": -1}, ValueError, "beta must be"),
         ({"background": math.nan}, ValueError, "background must be a number"),
         ({"background": torch.zeros(3)}, ValueError, "background must be"),
         ({"size": 4}, TypeError, "size must be"),

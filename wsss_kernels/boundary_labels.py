@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +21,12 @@ def boundary_labels(
     cams: Tensor,
     boundary: Tensor,
     *,
-    background: float | Tensor = 0.25,
+    background: float | Tensor | str = 0.25,
     size: Size | None = None,
     class_ids: Tensor | Sequence[int] | None = None,
+    radius: int = 5,
+    beta: float = 10,
+    steps: int = 256,
 ) -> Tensor:
     """IRNet's last step: maps spread up to the boundaries, and the label of every pixel.
 
@@ -36,9 +40,12 @@ def boundary_labels(
     Args:
         cams: [B, C, H', W'] (or [C, H', W']) floating point, of the classes present only; negative values count as 0.
         boundary: [B, 1, h, w] (or [1, h, w]) probability of a boundary, 0..1.
-        background: score up to which a pixel is background, in 0..1 of the image's maximum; one number or a tensor [B].
+        background: score up to which a pixel is background, in 0..1 of the image's maximum; one number, a tensor [B],
+            or "auto": found for each image from its maps alone (`background_threshold`).
         size: of the labels, (height, width) in pixels; None = that of cams.
         class_ids: integers to write for the C classes instead of 1..C, as in `labels_from_maps`.
+        radius, beta, steps: of the walk, see `random_walk`; as published. 256 steps suit boundaries of about 94 x 125
+            pixels that are closed: on smaller maps, or through gaps, fewer leak less.
 
     Returns:
         Tensor: [B, height, width] (or [height, width]) int64 on the device of cams. Maps without a positive score give
@@ -66,25 +73,29 @@ def boundary_labels(
         )
     height, width = cams.shape[-2:] if size is None else _check_pair("size", size)
     cams = cams if cams.dtype == torch.float64 else cams.float()
-    background = per_image("background", background, cams).flatten()
+    if not isinstance(background, str):
+        background = per_image("background", background, cams).flatten().expand(len(cams))
+    elif background != "auto":
+        raise ValueError(f'background must be a number, a tensor [B] or "auto", got {background!r}')
+    walk = {"radius": radius, "beta": beta, "steps": steps}
     if cams.numel() == 0:
         maps = cams.new_zeros(*cams.shape[:2], height, width)
     elif size is None:
-        maps = _irn_maps(cams, boundary, None)
+        maps = _irn_maps(cams, boundary, None, walk)
     elif tuple(boundary.shape[-2:]) == (-(-height // _STRIDE), -(-width // _STRIDE)):
-        maps = _irn_maps(cams, boundary, "feats")
+        maps = _irn_maps(cams, boundary, "feats", walk)
         maps = F.interpolate(maps, scale_factor=_STRIDE, mode="bilinear", align_corners=False)[..., :height, :width]
     else:
-        maps = _irn_maps(cams, boundary, (height, width))
+        maps = _irn_maps(cams, boundary, (height, width), walk)
     if maps.numel():
         peak = finite(maps).amax(dim=(1, 2, 3), keepdim=True)
         maps = maps / torch.where(peak > 0, peak, 1.0)
-    labels = labels_at(maps, background.expand(len(maps)), class_ids, None)
+    labels = labels_at(maps, background, class_ids, None)
     return labels[0] if single else labels
 
 
-def _irn_maps(cams: Tensor, boundary: Tensor, size: Size | str | None) -> Tensor:
-    maps = refine_cams(cams, boundary, preset="irn", size=size, normalize=None)
+def _irn_maps(cams: Tensor, boundary: Tensor, size: Size | str | None, walk: dict[str, Any]) -> Tensor:
+    maps = refine_cams(cams, boundary, preset="irn", size=size, normalize=None, **walk)
     assert isinstance(maps, Tensor)
     return maps
 

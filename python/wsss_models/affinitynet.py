@@ -38,7 +38,12 @@ class Config:
     head: tuple[int, int, int] = (64, 128, 256)  # channels from the backbone's last three stages
     radius: int = 5  # pixels of the features' grid; neighbours nearer than that are compared
     border: str = "cropped"  # pairs of neighbours, see `local_affinity`; "full" suits small pictures better
-    steps: int = 256  # of the walk in `refine`
+    paper_loss: bool = False  # the paper's: distances summed over the channels, losses 4 times as heavy
+    low: float = 4.0  # powers of the background from which the labels of the training are made: `affinity_labels`
+    high: float = 32.0
+    background: float = 16.0  # power of the background that walks with the maps in `labels`
+    beta: float = 8.0  # power of the affinities in the walk of `refine`
+    steps: int = 256
     root: bool = False  # maps are the square root of the rectified scores
     recipe: Recipe = field(
         default_factory=lambda: Recipe(
@@ -58,6 +63,10 @@ class Config:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
 
+    def label_options(self) -> dict[str, float]:
+        """Of `affinity_labels`."""
+        return {"low": self.low, "high": self.high}
+
 
 def _classifier(config: Config, **recipe: Any) -> Config:
     settings = {"epochs": 15, "batch_size": 16, "long_side": (256, 512), "black_padding": False, **recipe}
@@ -73,7 +82,9 @@ _TINY = Config(
     dropout=0.0,
     head=(16, 32, 64),
     border="full",
-    steps=4,  # a grid of 14 x 14 is smoothed out by more
+    low=8.0,  # its CAMs have narrow peaks
+    high=64.0,
+    steps=16,  # a grid of 14 x 14 is smoothed out by many more
     recipe=Recipe(
         epochs=20, batch_size=16, lr=0.05, lr_multiples=(1, 1, 1, 1), weight_decay=5e-4, momentum=0.9, crop=96
     ),
@@ -85,6 +96,13 @@ PRESETS = {
     "vgg16-classifier": _classifier(_VGG16),
     "tiny": _TINY,
     "tiny-classifier": replace(_TINY, stage="classifier"),
+}
+ABLATIONS = {
+    "paper's loss": ["affinity.paper_loss=True"],
+    "published labels": ["affinity.low=4", "affinity.high=32"],
+    "pairs not cropped": ["affinity.border=full"],
+    "short walk": ["affinity.steps=4"],
+    "beta 1": ["affinity.beta=1"],
 }
 
 
@@ -132,8 +150,9 @@ class Model(nn.Module):
             expected = [len(feats), *feats.shape[-2:]]
             raise ValueError(f"affinity_label must be {expected}, got {list(labels.shape)}")
         radius = self.config.radius
-        links = wk.local_affinity(feats, radius)
+        links = wk.local_affinity(feats, radius, scale=self._scale(feats))
         affinity = wk.affinity_loss(links, labels, radius=radius, border=self.config.border, ignore_index=255)
+        affinity = 4 * affinity if self.config.paper_loss else affinity
         return {"total": affinity, "affinity": affinity}
 
     def features(self, images: Tensor) -> Tensor:
@@ -159,14 +178,17 @@ class Model(nn.Module):
             images: [B, 3, H, W] normalised, in evaluation mode.
             cams: [B, C, h, w].
             labels: [B, C] bool, classes present.
-            **options: of `refine_cams`, in place of the published ones (background 16, beta 8; steps and border of the
-                settings).
+            **options: of `refine_cams`, in place of the settings' (beta, steps, radius, border) and of the published
+                background, 16.
 
         Returns:
             Tensor: [B, C + 1, h, w], map 0 the background.
         """
-        options = {"steps": self.config.steps, "border": self.config.border, "radius": self.config.radius, **options}
-        return wk.refine_cams(cams, self.features(images), labels=labels, preset="psa", **options)
+        config = self.config
+        walk = {"radius": config.radius, "border": config.border, "beta": config.beta, "steps": config.steps}
+        feats = self.features(images)
+        options = {**walk, "scale": self._scale(feats), **options}
+        return wk.refine_cams(cams, feats, labels=labels, preset="psa", **options)
 
     @torch.no_grad()
     def labels(
@@ -174,7 +196,7 @@ class Model(nn.Module):
         images: Tensor,
         cams: Tensor,
         *,
-        background: float = 16.0,
+        background: float | None = None,
         class_ids: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
         """Labels of the pictures' size: the best of the refined maps and the refined background.
@@ -182,15 +204,21 @@ class Model(nn.Module):
         Args:
             images: [B, 3, H, W] normalised, in evaluation mode.
             cams: [B, C, h, w] with a peak of 1 a class, of the classes present only.
-            background: power of the background (1 - max)^background; a high one leaves less of it.
+            background: power of the background (1 - max)^background, in place of the settings'; a high one leaves
+                less of it.
             class_ids: what to write for the C classes instead of 1..C.
 
         Returns:
             Tensor: [B, H, W] int64.
         """
         size = (images.shape[-2], images.shape[-1])
+        background = self.config.background if background is None else background
         maps = self.refine(images, cams, background=background, size=size, normalize=None)
         return wk.labels_from_maps(maps, background=None, class_ids=class_ids)
+
+    def _scale(self, feats: Tensor) -> float:
+        """Of `local_affinity`, which takes the mean over the channels: 1 / D makes it the sum."""
+        return 1 / feats.shape[1] if self.config.paper_loss else 1.0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         new = [self.fc8, self.f8_3, self.f8_4, self.f8_5, self.f9, self.gn8_3, self.gn8_4, self.gn8_5]

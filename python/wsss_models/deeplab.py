@@ -64,6 +64,7 @@ class Config:
 
 
 _TINY = Config(
+    version="v3plus",  # v2's head has no normalisation: over random features it needs a learning rate of its own
     backbone="resnet18",
     strides=(2, 1, 2, 1),
     dilations=(1, 1, 1, 2),

@@ -31,12 +31,25 @@ class Config:
     strides: tuple[int, int, int, int] = (2, 2, 2, 1)
     width: int = 64  # channels of its stem
     edge_width: int = 32  # channels from each of the backbone's five stages
+    norm: str = "frozen"  # of the backbone
+    frozen: bool = True  # the backbone does not learn; one without pretraining has not seen boundaries yet, and should
     radius: int = 10  # pixels of the boundaries' grid; neighbours nearer than that are compared
+    border: str = "cropped"  # pairs of neighbours, see `affinity_loss`
+    fg: float = 0.30  # scores of the background from which the labels of the training are made: `confident_labels`
+    bg: float = 0.05
+    walk_radius: int = 5  # of the walk in `labels`: pixels of the boundaries' grid,
+    beta: float = 10.0  # power of the affinities,
+    steps: int = 256
+    background: float | None = 0.25  # score up to which a pixel is background there; None = found for each picture
     recipe: Recipe = field(
         default_factory=lambda: Recipe(
             epochs=3, batch_size=32, lr_multiples=(1, 1, 1, 1), weight_decay=1e-4, momentum=1e-4, scale=(0.5, 1.5)
         )
     )
+
+    def label_options(self) -> dict[str, float]:
+        """Of `confident_labels`."""
+        return {"fg": self.fg, "bg": self.bg}
 
 
 PRESETS = {
@@ -47,21 +60,31 @@ PRESETS = {
         strides=(2, 1, 2, 1),
         width=24,
         edge_width=16,
+        norm="train",
+        frozen=False,
         radius=5,
-        recipe=Recipe(epochs=10, batch_size=16, lr=0.05, lr_multiples=(1, 1, 1, 1), momentum=0.9, crop=96),
+        fg=0.15,  # its CAMs have narrow peaks
+        steps=16,  # on maps of 28 x 28, that far across as 256 on the published ones
+        recipe=Recipe(epochs=20, batch_size=16, lr=0.05, lr_multiples=(1, 1, 1, 1), momentum=0.9, crop=96),
     ),
+}
+ABLATIONS = {
+    "published labels": ["affinity.fg=0.3", "affinity.bg=0.05"],
+    "frozen backbone": ["affinity.frozen=True", "affinity.norm=frozen"],
+    "256 steps": ["affinity.steps=256"],
+    "each picture's own threshold": ["affinity.background=None"],
 }
 
 
 class Model(nn.Module):
-    """A frozen backbone, the classifier of stage one, and the boundary branch, its parameters named as published."""
+    """A backbone, frozen as published, the classifier of stage one, and the boundary branch, named as published."""
 
     def __init__(self, config: Config | None = None) -> None:
         super().__init__()
         self.config = config = config or Config()
-        self.backbone = build_backbone(
-            config.backbone, strides=config.strides, width=config.width, norm="frozen"
-        ).requires_grad_(False)
+        self.backbone = build_backbone(config.backbone, strides=config.strides, width=config.width, norm=config.norm)
+        if config.frozen:
+            self.backbone.requires_grad_(False)
         self.classifier = nn.Conv2d(self.backbone.channels[-1], config.num_classes, 1, bias=False).requires_grad_(False)
         for i, channels in enumerate(self.backbone.channels, start=1):
             layers = nn.Sequential(
@@ -78,12 +101,12 @@ class Model(nn.Module):
             raise ValueError(f"affinity_label must be {expected}, got {list(labels.shape)}")
         radius = self.config.radius
         links = wk.boundary_affinity(boundary, radius)
-        affinity = wk.affinity_loss(links, labels, radius=radius, border="cropped", ignore_index=255)
+        affinity = wk.affinity_loss(links, labels, radius=radius, border=self.config.border, ignore_index=255)
         return {"total": affinity, "affinity": affinity}
 
     def boundary_logits(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, 1, ceil(H / 4), ceil(W / 4)], before the sigmoid."""
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
             stages = self.backbone.features(images)
         height, width = stages[1].shape[-2:]
         parts = []
@@ -105,7 +128,10 @@ class Model(nn.Module):
         return (plain / 2 + flipped.flip(3) / 2).sigmoid()
 
     def cams(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, C, h, w] >= 0, by the classifier that the weights brought along."""
+        """[B, 3, H, W] -> [B, C, h, w] >= 0, by the classifier that the weights brought along.
+
+        Of use with a frozen backbone alone: one that learns boundaries moves away from what that classifier knows.
+        """
         return F.relu(self.classifier(self.backbone.features(images)[-1]))
 
     @torch.no_grad()
@@ -114,7 +140,7 @@ class Model(nn.Module):
         images: Tensor,
         cams: Tensor,
         *,
-        background: float = 0.25,
+        background: float | None = None,
         class_ids: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
         """Labels of the pictures' size: maps of the present classes spread up to the boundaries (`boundary_labels`).
@@ -122,18 +148,28 @@ class Model(nn.Module):
         Args:
             images: [B, 3, H, W] normalised, in evaluation mode.
             cams: [B, C, h, w], of the classes present only.
-            background: score up to which a pixel is background.
+            background: score up to which a pixel is background, in place of the settings'.
             class_ids: what to write for the C classes instead of 1..C.
 
         Returns:
             Tensor: [B, H, W] int64.
         """
-        size = (images.shape[-2], images.shape[-1])
-        return wk.boundary_labels(cams, self.boundaries(images), background=background, size=size, class_ids=class_ids)
+        config = self.config
+        background = config.background if background is None else background
+        return wk.boundary_labels(
+            cams,
+            self.boundaries(images),
+            background="auto" if background is None else background,
+            size=(images.shape[-2], images.shape[-1]),
+            class_ids=class_ids,
+            radius=config.walk_radius,
+            beta=config.beta,
+            steps=config.steps,
+        )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         heads = [getattr(self, f"fc_edge{i}") for i in range(1, 7)]
-        return parameter_groups(self.config.recipe, [], heads)
+        return parameter_groups(self.config.recipe, [self.backbone], heads)
 
 
 def shrink_labels(labels: Tensor, stride: int = STRIDE) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -114,6 +114,7 @@ def write_training_labels(
     out: Path,
     *,
     how: str,
+    options: Mapping[str, float] | None = None,
     workers: int = 2,
     failed: Callable[[str, str], None] | None = None,
     advance: Callable[[int], None] = lambda count: None,
@@ -125,6 +126,7 @@ def write_training_labels(
         cams: folder of one .npz a picture.
         out: folder of the PNGs.
         how: "affinity" (AffinityNet's low and high background) or "confident" (IRNet's).
+        options: of `affinity_labels` or `confident_labels`, in place of the published ones.
         workers: pictures in work at the same time.
         failed: told id and reason of a picture that cannot be used; None = that is raised.
         advance: called with a count of pictures now and then.
@@ -136,18 +138,19 @@ def write_training_labels(
         FileError: a picture or its CAMs cannot be used, where `failed` is None.
     """
     make = {"affinity": wk.affinity_labels, "confident": wk.confident_labels}[how]
+    chosen = dict(options or {})
 
     def one(i: int) -> bool:
         name = pictures.ids[i]
         path, maps = inside(out, name, ".png"), inside(cams, name, ".npz")
         inputs = [fingerprint(pictures.image_path(i)), fingerprint(maps)]
-        settings = json.dumps({"labels": how, "format": _FORMAT, "inputs": inputs})
+        settings = json.dumps({"labels": how, "format": _FORMAT, "options": chosen, "inputs": inputs})
         if png_settings(path) == settings:
             return False
         class_ids, values = read_maps(maps, num_classes=len(pictures.classes))
         image = torch.from_numpy(pictures.image(i)).permute(2, 0, 1)
         if len(class_ids):
-            found = make(image, torch.from_numpy(values)).numpy()
+            found = make(image, torch.from_numpy(values), **chosen).numpy()
             table = np.arange(256)
             table[1 : len(class_ids) + 1] = class_ids
             label = table[found]

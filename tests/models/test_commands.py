@@ -13,6 +13,7 @@ from wsss_models.data.augment import IMAGENET
 from wsss_models.data.files import read_maps, read_picture
 from wsss_models.data.masks import read_mask
 from wsss_models.infer import load_run
+from wsss_models.systems import preset
 
 import wsss_kernels as wk
 
@@ -61,7 +62,10 @@ def test_stages_that_train_on_cams(folder, tmp_path, capsys, system):
     cams = torch.zeros(3, 10, 12)
     cams[1:, 2:6, 2:6] = 1
     make = {"affinitynet": wk.affinity_labels, "irnet": wk.confident_labels}[system]
-    assert np.array_equal(labels[1], make(image, cams))  # of all classes, where only the present ones cost anything
+    options = preset(system, "tiny").label_options()
+    assert np.array_equal(
+        labels[1], make(image, cams, **options)
+    )  # of all classes, where only the present ones cost anything
     again = ["--labels", f"{tmp_path}/run/labels", "--set", "epochs=1"]
     assert train(system, folder, tmp_path / "other", *again, "--weights", f"{tmp_path}/run/checkpoint.pt") == 0
     assert "new: none" in capsys.readouterr().out

@@ -110,7 +110,7 @@ def test_affinity_stage_loss():
 
 
 def test_boundary_stage_loss():
-    config = replace(irnet.PRESETS["tiny"], num_classes=3, radius=3)
+    config = replace(irnet.PRESETS["tiny"], num_classes=3, radius=3, frozen=True, norm="frozen")
     model = irnet.Model(config).double().eval()
     batch = batch_for("irnet", config, 40)
     batch["image"] = batch["image"].double()
@@ -249,6 +249,28 @@ def test_shrunk_labels_by_hand():
     assert irnet.shrink_labels(rows).tolist() == [[2, 2], [6, 6], [9, 9]]
 
 
+def test_the_papers_affinity_loss():
+    """Distances are sums over the channels, and the losses weigh 4 times as much as the code's."""
+    config = replace(affinitynet.PRESETS["tiny"], num_classes=3, radius=3, border="cropped", paper_loss=True)
+    model = affinitynet.Model(config).double().eval()
+    with torch.no_grad():
+        model.f9.weight /= 40  # distances of about 1
+    batch = batch_for("affinitynet", config, 72)
+    batch["image"] = batch["image"].double()
+    feats = model.features(batch["image"]).detach()
+
+    def link(b, source, destination):
+        i, j = feats[(b, slice(None), *source)], feats[(b, slice(None), *destination)]
+        return math.exp(-float((i - j).abs().sum()))
+
+    assert model.loss(batch)["total"].item() == pytest.approx(4 * pair_loss(link, batch["affinity_label"], 3), rel=1e-9)
+    cams = torch.rand(2, 3, 9, 9, dtype=torch.float64)
+    affinity = wk.local_affinity(feats, 3, scale=1 / feats.shape[1], border="cropped")
+    walked = wk.random_walk(cams, affinity, radius=3, beta=8, steps=config.steps)
+    refined = model.refine(batch["image"], cams, background=1.0, normalize=None)
+    torch.testing.assert_close(refined[:, 1:], walked)
+
+
 def test_affinity_refinement_is_the_published_walk():
     config = replace(affinitynet.PRESETS["tiny"], num_classes=3, border="cropped", steps=256)
     model = affinitynet.Model(config).eval()
@@ -260,6 +282,36 @@ def test_affinity_refinement_is_the_published_walk():
     affinity = wk.local_affinity(model.features(images), 5, border="cropped")
     expected = wk.random_walk(maps, affinity, radius=5, beta=8, steps=256)
     torch.testing.assert_close(refined, expected.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_settings_reach_the_walk_of_each_system():
+    images, cams = torch.randn(1, 3, 48, 64), torch.rand(1, 2, 12, 16) ** 3
+    config = replace(irnet.PRESETS["tiny"], walk_radius=3, beta=4, steps=8, background=0.4)
+    model = irnet.Model(config).eval()
+    walk = {"radius": 3, "beta": 4, "steps": 8, "size": (48, 64)}
+    edge = model.boundaries(images)
+    assert torch.equal(model.labels(images, cams), wk.boundary_labels(cams, edge, background=0.4, **walk))
+    assert torch.equal(
+        model.labels(images, cams, background=0.1), wk.boundary_labels(cams, edge, background=0.1, **walk)
+    )
+    model.config = replace(config, background=None)
+    assert torch.equal(model.labels(images, cams), wk.boundary_labels(cams, edge, background="auto", **walk))
+    psa = affinitynet.Model(replace(affinitynet.PRESETS["tiny"], radius=3, beta=4, steps=8, background=2)).eval()
+    cams = cams / cams.amax(dim=(2, 3), keepdim=True)
+    options = {"background": 2, "radius": 3, "beta": 4, "steps": 8, "border": "full", "size": (48, 64)}
+    maps = wk.refine_cams(cams, psa.features(images).detach(), preset="psa", normalize=None, **options)
+    assert torch.equal(psa.labels(images, cams), wk.labels_from_maps(maps, background=None))
+
+
+def test_a_backbone_learns_with_the_boundaries_where_it_is_not_frozen():
+    for frozen in (True, False):
+        config = replace(irnet.PRESETS["tiny"], num_classes=3, frozen=frozen, norm="frozen" if frozen else "train")
+        model = irnet.Model(config).train()
+        model.loss(batch_for("irnet", config, 40))["total"].backward()
+        assert all((p.grad is None) == frozen for p in model.backbone.layer1.parameters())
+        assert model.classifier.weight.grad is None
+        learning = {id(p) for group in model.parameter_groups() for p in group["params"]}
+        assert ({id(p) for p in model.backbone.parameters()} <= learning) == (not frozen)
 
 
 def test_boundaries_are_flip_equivariant():

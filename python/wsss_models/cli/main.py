@@ -20,6 +20,7 @@ COMMANDS = {
     "spread": "label pictures from maps that a trained AffinityNet or IRNet spreads over the objects",
     "segment": "label pictures by a trained segmentation network, several scales averaged, a dense CRF where wanted",
     "run": "a whole system in one folder: every stage from image-level labels to a segmentation network, one table",
+    "ablate": "a system with each of its parts switched, trained beside each other, one table",
     "import": "CAMs that the published code pickled, to plain arrays, without running what is in them",
     "refine": "refine a folder of class activation maps to label pictures",
     "labels": "turn a folder of maps, coarse or refined, into label pictures, unsure pixels left out where wanted",

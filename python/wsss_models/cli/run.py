@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +21,8 @@ from wsss_models.cli.results import Row, of_labels, of_maps, table
 from wsss_models.data.artefacts import shown, write_atomically
 from wsss_models.data.dataset import open_dataset
 from wsss_models.data.pictures import PictureSet
-from wsss_models.systems import preset, system, with_settings
-from wsss_models.train import data_hash
+from wsss_models.systems import as_dict, preset, system, with_settings
+from wsss_models.train import PRECISIONS, data_hash
 from wsss_models.training_data import takes_saliency
 
 SYSTEMS = {  # and the refiner of each
@@ -37,6 +38,7 @@ V3PLUS = ("puzzlecam",)  # whose last stage was published with DeepLab v3+
 TRAINED = ("affinitynet", "irnet")  # refiners that have a network of their own
 ONE_STAGE = ("mcic",)  # segment themselves, and label pictures of known classes: a refiner of their own
 STAGES = ("classifier", "sccam", "affinity", "deeplab")  # that learn, and take settings
+ENDS = ("labels", "deeplab")
 SETTINGS, RESULTS = "run.json", "results.json"
 
 
@@ -58,6 +60,49 @@ class Plan:
     weights: str | None
     segmentation_weights: str | None
     saliency: str | None
+    precision: str = "32-true"
+
+
+def classifier_of(plan: Plan) -> dict[str, object]:
+    """What classifier and CAMs of a run depend on: runs that agree here can share them."""
+    name, which = "classifier" if plan.system == "irnet" else plan.system, plan.preset
+    if name in ("affinitynet", "sccam"):
+        name, which = "affinitynet", "published-classifier" if which == "published" else f"{which}-classifier"
+    settings = settings_of(plan, "classifier")
+    return {
+        "classifier": (name, which),
+        "settings": as_dict(with_settings(preset(name, which), settings)),
+        **{name: getattr(plan, name) for name in ("seed", "hash", "split", "weights", "saliency", "precision")},
+    }
+
+
+def settings_of(plan: Plan, stage: str) -> list[str]:
+    """The --set of a stage, its own and those of all."""
+    chosen = []
+    for setting in plan.settings:
+        first, _, rest = setting.partition(".")
+        if first in STAGES and "=" in rest:
+            chosen += [rest] if first == stage else []
+        else:
+            chosen.append(setting)
+    return chosen
+
+
+def read_plan(out: Path) -> tuple[Plan, dict[str, float]]:
+    """Plan and seconds of the stages that are done.
+
+    Raises:
+        UsageError: no run, or a damaged one.
+    """
+    path = out / SETTINGS
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        values = {**record["plan"], "settings": tuple(record["plan"]["settings"])}
+        return Plan(**values), dict(record["seconds"])
+    except OSError:
+        raise UsageError(f"{shown(out)} holds no run: there is no {SETTINGS}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{shown(path)}: damaged, or of another version ({error})") from None
 
 
 class FailedError(Exception):
@@ -96,6 +141,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[STAGE.]NAME=VALUE",
         help=f"a setting of one stage ({', '.join(STAGES)}), such as deeplab.epochs=3, or of all",
     )
+    add("--precision", default="32-true", choices=PRECISIONS, help="of the arithmetic in training (32-true)")
+    add("--classifier", type=Path, metavar="RUN", help="another run with the same classifier: take its CAMs, too")
+    add("--until", default="deeplab", choices=ENDS, help="labels: leave the segmentation out; the same command goes on")
+    add(
+        "--ceiling",
+        action="store_true",
+        help="also train deeplab on the masks of the split: what labels can at most give",
+    )
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: a GPU where there is one")
     add("--workers", type=int, default=2, metavar="N", help="processes that read pictures (2)")
 
@@ -105,7 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("wsss run is one process; under torchrun, train the stages by wsss train")
     try:
         train, val = open_dataset(arguments.data, arguments.split), open_dataset(arguments.data, arguments.val_split)
-        plan = _plan(arguments, train, val)
+        plan = plan_of(arguments, train, val)
         _Stages(arguments, plan, train, val).run()
     except FailedError as error:
         print(f"stopped: {error}", flush=True)
@@ -115,7 +168,7 @@ def run(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _plan(arguments: argparse.Namespace, train: PictureSet, val: PictureSet) -> Plan:
+def plan_of(arguments: argparse.Namespace, train: PictureSet, val: PictureSet) -> Plan:
     if arguments.system not in SYSTEMS:
         raise UsageError(f"system must be one of {', '.join(SYSTEMS)}, got {arguments.system!r}")
     refiner = arguments.refiner or SYSTEMS[arguments.system]
@@ -141,6 +194,7 @@ def _plan(arguments: argparse.Namespace, train: PictureSet, val: PictureSet) -> 
         weights=None if arguments.weights is None else shown(arguments.weights),
         segmentation_weights=None if arguments.segmentation_weights is None else shown(arguments.segmentation_weights),
         saliency=None if arguments.saliency is None else shown(arguments.saliency),
+        precision=arguments.precision,
     )
 
 
@@ -155,10 +209,14 @@ class _Stages:
             self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._networks = self._configs()
         self._rounds = self._config("sccam").rounds if "sccam" in self._networks else 0
+        if arguments.classifier is not None:
+            self._check_classifier(arguments.classifier)
         self._seconds = self._start()
 
     def run(self) -> None:
         out, plan = self._out, self._plan
+        if self._arguments.classifier is not None:
+            self._take_classifier(self._arguments.classifier)
         self._stage("classifier", self._train_classifier)
         for number in range(1, self._rounds + 1):
             self._stage(f"round{number}", partial(self._train_round, number))
@@ -166,8 +224,11 @@ class _Stages:
         if plan.refiner in TRAINED:
             self._stage("affinity", self._train_affinity)
         self._stage("labels", self._write_labels)
-        self._stage("deeplab", self._train_deeplab)
-        self._stage("segmentation", self._segment)
+        if self._arguments.until == "deeplab":
+            self._stage("deeplab", self._train_deeplab)
+            self._stage("segmentation", self._segment)
+        if self._arguments.ceiling:
+            self._stage("ceiling", self._train_ceiling)
         rows = of_maps("CAM", self._train, out / "cams")
         scales = f"scales {plan.scales}, flipped too"
         for branch in self._branches():
@@ -183,22 +244,24 @@ class _Stages:
             note = "of the refined maps, each picture's threshold found without masks"
             rows += of_maps("refined", self._train, out / "refined")
         rows.append(of_labels("labels", self._train, out / "labels", note))
-        if plan.system in ONE_STAGE:
-            own = out / "segmentation" / plan.system
-            rows.append(of_labels(plan.system, self._val, own, f"its own segmentation, {scales}"))
-            crf = own.with_name(f"{own.name}-crf")
-            rows.append(of_labels(f"{plan.system}+CRF", self._val, crf, f"{scales}; dense CRF"))
-        rows.append(of_labels("deeplab", self._val, out / "segmentation" / "mean", scales))
-        rows.append(of_labels("deeplab+CRF", self._val, out / "segmentation" / "crf", f"{scales}; dense CRF"))
+        if self._arguments.until == "deeplab":
+            if plan.system in ONE_STAGE:
+                own = out / "segmentation" / plan.system
+                rows.append(of_labels(plan.system, self._val, own, f"its own segmentation, {scales}"))
+                crf = own.with_name(f"{own.name}-crf")
+                rows.append(of_labels(f"{plan.system}+CRF", self._val, crf, f"{scales}; dense CRF"))
+            rows.append(of_labels("deeplab", self._val, out / "segmentation" / "mean", scales))
+            rows.append(of_labels("deeplab+CRF", self._val, out / "segmentation" / "crf", f"{scales}; dense CRF"))
+        if self._arguments.ceiling:
+            note = f"deeplab trained on the masks of {plan.split}, {scales}: the most that its labels can give"
+            rows.append(of_labels("ceiling", self._val, out / "segmentation" / "ceiling", note))
         self._report(rows)
 
     def _configs(self) -> dict[str, tuple[str, str]]:
         """Stage -> system and preset, settings tried on each before anything is trained."""
         plan = self._plan
-        classifier = ("classifier" if plan.system == "irnet" else plan.system, plan.preset)
-        if plan.system in ("affinitynet", "sccam"):
-            name = "published-classifier" if plan.preset == "published" else f"{plan.preset}-classifier"
-            classifier = ("affinitynet", name)
+        classifier = classifier_of(plan)["classifier"]
+        assert isinstance(classifier, tuple)
         networks = {"classifier": classifier, "deeplab": ("deeplab", plan.segmentation)}
         if plan.system == "sccam":
             networks["sccam"] = ("sccam", plan.preset)
@@ -226,26 +289,14 @@ class _Stages:
         raise UsageError(f"{self._plan.refiner} has no preset with the backbone {backbone}: give another --refiner")
 
     def _settings(self, stage: str) -> list[str]:
-        chosen = []
-        for setting in self._plan.settings:
-            first, _, rest = setting.partition(".")
-            if first in STAGES and "=" in rest:
-                chosen += [rest] if first == stage else []
-            else:
-                chosen.append(setting)
-        return chosen
+        return settings_of(self._plan, stage)
 
     def _start(self) -> dict[str, float]:
         """The seconds of the stages that are done; the folder is this plan's."""
-        plan = json.loads(json.dumps(asdict(self._plan)))
-        path = self._out / SETTINGS
-        if path.exists():
-            try:
-                before = json.loads(path.read_text(encoding="utf-8"))
-                changed = [name for name in plan if before["plan"].get(name) != plan[name]]
-                seconds = dict(before["seconds"])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UsageError(f"{shown(path)}: damaged, or of another version ({error})") from None
+        plan = asdict(self._plan)
+        if (self._out / SETTINGS).exists():
+            before, seconds = read_plan(self._out)
+            changed = [name for name, value in plan.items() if getattr(before, name) != value]
             if changed:
                 raise UsageError(
                     f"{shown(self._out)} holds a run with another {', '.join(changed)}: give another --out"
@@ -267,6 +318,28 @@ class _Stages:
         if name not in self._seconds:  # the stage came to its end in this process for the first time
             self._seconds[name] = round(time.monotonic() - began, 2)
             self._write(SETTINGS, {"plan": asdict(self._plan), "seconds": self._seconds})
+
+    def _check_classifier(self, source: Path) -> None:
+        plan, seconds = read_plan(source)
+        changed = [name for name, value in classifier_of(self._plan).items() if classifier_of(plan)[name] != value]
+        if changed:
+            raise UsageError(f"--classifier {shown(source)} has another {', '.join(changed)}")
+        if "cams" not in seconds:
+            raise UsageError(f"--classifier {shown(source)} has not come to its CAMs yet")
+
+    def _take_classifier(self, source: Path) -> None:
+        """Copies, complete or not at all; where there is a classifier already, nothing."""
+        for name in ("classifier",) if self._rounds else ("classifier", "cams"):
+            if not (self._out / name).exists():
+                partial = self._out / f".{name}"
+                shutil.rmtree(partial, ignore_errors=True)
+                shutil.copytree(source / name, partial)
+                partial.rename(self._out / name)
+
+    def _train_ceiling(self) -> None:
+        out, weights = self._out / "ceiling", self._arguments.segmentation_weights or self._of_classifier("deeplab")
+        self._fit("deeplab", out, self._plan.split, weights, ["--labels=masks"])
+        self._segment_by("ceiling", self._plan.val_split, self._out / "segmentation" / "ceiling")
 
     def _train_classifier(self) -> None:
         maps = self._arguments.saliency
@@ -361,7 +434,7 @@ class _Stages:
         name, which = self._networks[stage]
         words = [name, f"--data={self._arguments.data}", f"--split={split}", f"--out={out}", f"--preset={which}"]
         words += [f"--seed={self._plan.seed}", f"--device={self._device}", f"--workers={self._arguments.workers}"]
-        words += [f"--set={setting}" for setting in self._settings(stage)]
+        words += [f"--precision={self._plan.precision}", *(f"--set={setting}" for setting in self._settings(stage))]
         words += [] if weights is None else [f"--weights={weights}"]
         self._call("train", [*words, *more, "--resume"])
 

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--background",
         type=float,
         metavar="X",
-        help="AffinityNet: power of the background map (16); IRNet: score up to which a pixel is background (0.25)",
+        help="AffinityNet: power of the background map; IRNet: score up to which a pixel is background; default: "
+        "the training's settings",
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="cpu|cuda")
     add("--shard", metavar="i/n", help="take every n-th picture from the i-th on; default: torchrun's, or 0/1")

@@ -97,7 +97,7 @@ def _run(arguments: argparse.Namespace) -> int:
         labels = _pseudo_labels(arguments)
         about["labels"] = MASKS if labels is None else labels_hash(pictures, labels)
     elif needs_affinity_labels(module, config):
-        labels = _training_labels(arguments, pictures)
+        labels = _training_labels(arguments, pictures, config)
     if arguments.saliency is not None:
         if not takes_saliency(module):
             raise UsageError(f"--saliency is for systems that take such maps, which {arguments.system} does not")
@@ -172,7 +172,7 @@ def _pseudo_labels(arguments: argparse.Namespace) -> Path | None:
     return arguments.labels
 
 
-def _training_labels(arguments: argparse.Namespace, pictures: PictureSet) -> Path:
+def _training_labels(arguments: argparse.Namespace, pictures: PictureSet, config: Any) -> Path:
     if (arguments.cams is None) == (arguments.labels is None):
         raise UsageError(f"{arguments.system} trains on labels from CAMs: give --cams DIR, or --labels DIR")
     if arguments.labels is not None:
@@ -182,7 +182,14 @@ def _training_labels(arguments: argparse.Namespace, pictures: PictureSet) -> Pat
     out = arguments.out / "labels"
     print(f"labels from the CAMs in {shown(arguments.cams)}", flush=True)
     with Progress(len(pictures)) as progress:
-        write_training_labels(pictures, arguments.cams, out, how=_LABELS[arguments.system], advance=progress.add)
+        write_training_labels(
+            pictures,
+            arguments.cams,
+            out,
+            how=_LABELS[arguments.system],
+            options=config.label_options(),
+            advance=progress.add,
+        )
     return out
 
 

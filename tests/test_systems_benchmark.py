@@ -1,0 +1,71 @@
+"""`python -m benchmarks systems`: rows and paired differences, as they follow from the runs' own results."""
+
+import json
+import statistics
+
+import pytest
+import torch
+
+pytest.importorskip("scipy", reason="the benchmarks' opponents need scipy")
+pytest.importorskip("lightning_fabric")
+pytest.importorskip("benchmarks", reason="not part of the package: python -m pytest from the checkout")
+
+from benchmarks import systems
+
+SMALL = [f"--set={s}" for s in ("epochs=1", "batch_size=8", "crop=48", "width=8")]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_rows_and_differences(tmp_path, capsys):
+    words = [
+        "--out",
+        f"{tmp_path / 'out'}",
+        "--systems",
+        "irnet",
+        "--seeds",
+        "3",
+        "4",
+        *SMALL,
+        "--workers=0",
+        "--write",
+    ]
+    words += ["--data-args", "--images 12 --classes 3 --size 48 52 --val 0.25", "--until=labels", "--device=cpu"]
+    assert systems.main([*words, "--folder", f"{tmp_path / 'rows'}"]) == 0
+    printed = capsys.readouterr().out
+    (path,) = (tmp_path / "rows").iterdir()
+    assert path.name.startswith("systems--")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    scores = {}
+    for name in ("classifier", "irnet"):
+        for seed in (3, 4):
+            record = json.loads((tmp_path / "out" / f"{name}-seed{seed}" / "results.json").read_text())
+            assert record["seed"] == seed
+            scores[name, seed] = {row["stage"]: 100 * row["miou"] for row in record["rows"]}
+    for row in rows:
+        assert row["miou"] == scores[row["system"], row["seed"]][row["stage"]]
+        assert row["baseline"] == scores["classifier", row["seed"]].get(row["stage"])
+        assert row["op"] == "systems" and row["preset"] == "tiny" and "epochs=1" in row["settings"]
+    assert len(rows) == sum(map(len, scores.values())) == 2 * (5 + 4)
+    changes = [scores["irnet", seed]["labels"] - scores["classifier", seed]["labels"] for seed in (3, 4)]
+    lines = printed[printed.index("mean IoU %") :].splitlines()
+    expected = f"{statistics.fmean(changes):+.1f} ± {statistics.stdev(changes) / 2**0.5:.1f}"
+    (last,) = (line for line in lines if line.startswith("irnet - classifier"))
+    assert last.endswith(expected) and "+0.0 ± 0.0" in last  # the CAMs are shared
+    assert [line.split("  ")[0] for line in lines[1:5]] == [
+        "classifier, seed 3",
+        "classifier, seed 4",
+        "irnet, seed 3",
+        "irnet, seed 4",
+    ]
+    assert (tmp_path / "out" / "set-seed3" / "synth.json").read_text() != (
+        tmp_path / "out" / "set-seed4" / "synth.json"
+    ).read_text()
+    assert systems.main(["--out", f"{tmp_path / 'out'}", "--seeds", "3", "--data-args", "--images 14"]) == 2
+    assert "must be a new or empty folder" in capsys.readouterr().err
