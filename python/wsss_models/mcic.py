@@ -126,6 +126,13 @@ PRESETS = {
     "resnet101_aspp": replace(_RESNET, rates=(6, 12, 18, 24)),
     "tiny": _TINY,
 }
+ABLATIONS = {
+    "no memory": ["classifier.memory=none"],
+    "pixels in memory": ["classifier.memory=pixels"],
+    "entropy": ["classifier.entropy=True"],
+    "no stop-gradient": ["classifier.stop_gradient=False"],
+    "contexts by the classifier": ["classifier.confidence=classification"],
+}
 
 
 class Model(nn.Module):

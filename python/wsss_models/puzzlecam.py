@@ -87,6 +87,14 @@ PRESETS = {
         ),
     ),
 }
+ABLATIONS = {
+    "baseline": ["classifier.alpha=0", "classifier.tile_loss=False"],
+    "reconstruction only": ["classifier.tile_loss=False"],
+    "tiles' loss only": ["classifier.alpha=0"],
+    "16 pieces": ["classifier.pieces=16"],
+    "present classes only": ["classifier.reconstruction=selected"],
+    "squares": ["classifier.p=2"],
+}
 
 
 def tile(x: Tensor, pieces: int = 4) -> Tensor:

@@ -91,6 +91,12 @@ PRESETS = {
         recipe=_PLAIN.recipe,
     ),
 }
+ABLATIONS = {
+    **{f"{rounds} rounds": [f"sccam.rounds={rounds}"] for rounds in (0, 1, 2)},
+    **{f"K {clusters}": [f"sccam.clusters={clusters}"] for clusters in (2, 5, 20)},
+    **{f"lambda {weight}": [f"sccam.sub_weight={weight}"] for weight in (1, 10)},
+    "CAMs of sub-categories": ["sccam.cam=sub"],
+}
 
 
 def branches(config: Config) -> tuple[str, ...]:

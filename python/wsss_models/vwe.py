@@ -91,6 +91,17 @@ PRESETS = {
     "tiny-l": replace(_TINY, decorrelation=1.0),
     "tiny-m": replace(_TINY, codebook="memory"),
 }
+ABLATIONS = {
+    "GAP, no words": ["classifier.pooling=gap", "classifier.codebook=none"],
+    "GMP, no words": ["classifier.pooling=gmp", "classifier.codebook=none"],
+    "HSPP, no words": ["classifier.codebook=none"],
+    "GAP": ["classifier.pooling=gap"],
+    "GMP": ["classifier.pooling=gmp"],
+    "codebook by memory": ["classifier.codebook=memory"],
+    "decorrelated words": ["classifier.decorrelation=1"],
+    "CAMs of the words": ["classifier.cam=words"],
+    "CAMs of both": ["classifier.cam=maximum"],
+}
 
 
 def decorrelation_loss(codebook: Tensor) -> Tensor:
