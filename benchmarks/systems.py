@@ -21,7 +21,7 @@ from pathlib import Path
 
 from wsss_models.cli import data as data_command
 from wsss_models.cli.main import DONE, UsageError
-from wsss_models.cli.run import SYSTEMS
+from wsss_models.cli.run_plan import SYSTEMS
 from wsss_models.cli.sweep import Scores, lines_of, mean_and_error, paired, scores_of, shown
 
 from benchmarks.measure import RESULTS, Row, environment

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("lightning_fabric")
 from wsss_models.cli import ablate, sweep
 from wsss_models.cli.main import main
-from wsss_models.cli.run import STAGES, SYSTEMS
+from wsss_models.cli.run_plan import STAGES, SYSTEMS
 from wsss_models.data.synth import Settings, write_set
 from wsss_models.systems import system, with_settings
 

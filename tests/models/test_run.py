@@ -17,6 +17,7 @@ pytest.importorskip("lightning_fabric")
 from wsss_models.cli import run
 from wsss_models.cli.main import main
 from wsss_models.cli.results import Row, of_labels, table
+from wsss_models.cli.run_plan import networks_of, plan_of
 from wsss_models.data.dataset import open_dataset
 from wsss_models.data.masks import read_mask
 from wsss_models.data.synth import Settings, write_set
@@ -187,8 +188,7 @@ def test_the_stages_after_a_preset(scenes, tmp_path, system, which, affinity, se
     run.add_arguments(parser)
     arguments = parser.parse_args([system, f"--data={scenes}", f"--out={tmp_path / 'out'}", f"--preset={which}"])
     train, val = open_dataset(scenes, "train"), open_dataset(scenes, "val")
-    stages = run._Stages(arguments, run._plan(arguments, train, val), train, val)
-    assert stages._networks == {
+    assert networks_of(plan_of(arguments, train, val)) == {
         "classifier": (system, which),
         "affinity": affinity,
         "deeplab": ("deeplab", segmentation),

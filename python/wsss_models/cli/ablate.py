@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from wsss_models.cli.main import DONE, UsageError
-from wsss_models.cli.run import SYSTEMS
+from wsss_models.cli.run_plan import SYSTEMS
 from wsss_models.cli.sweep import Scores, lines_of, mean_and_error, paired, scores_of, shown
 from wsss_models.systems import system
 from wsss_models.train import PRECISIONS

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,91 +18,27 @@ import torch
 
 from wsss_models.cli.main import DONE, SOME_FAILED, UsageError
 from wsss_models.cli.results import Row, of_labels, of_maps, table
+from wsss_models.cli.run_plan import (
+    ONE_STAGE,
+    SETTINGS,
+    STAGES,
+    SYSTEMS,
+    TRAINED,
+    Plan,
+    classifier_of,
+    networks_of,
+    plan_of,
+    read_plan,
+    settings_of,
+)
 from wsss_models.data.artefacts import shown, write_atomically
 from wsss_models.data.dataset import open_dataset
 from wsss_models.data.pictures import PictureSet
-from wsss_models.systems import as_dict, preset, system, with_settings
-from wsss_models.train import PRECISIONS, data_hash
-from wsss_models.training_data import takes_saliency
+from wsss_models.systems import preset, system, with_settings
+from wsss_models.train import PRECISIONS
 
-SYSTEMS = {  # and the refiner of each
-    "classifier": "image",
-    "affinitynet": "affinitynet",
-    "irnet": "irnet",
-    "sccam": "affinitynet",
-    "puzzlecam": "irnet",
-    "vwe": "irnet",
-    "mcic": "mcic",
-}
-V3PLUS = ("puzzlecam",)  # whose last stage was published with DeepLab v3+
-TRAINED = ("affinitynet", "irnet")  # refiners that have a network of their own
-ONE_STAGE = ("mcic",)  # segment themselves, and label pictures of known classes: a refiner of their own
-STAGES = ("classifier", "sccam", "affinity", "deeplab")  # that learn, and take settings
 ENDS = ("labels", "deeplab")
-SETTINGS, RESULTS = "run.json", "results.json"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a folder of results is about; another plan needs another folder."""
-
-    system: str
-    preset: str
-    segmentation: str
-    refiner: str
-    seed: int
-    data: str
-    hash: str
-    split: str
-    val_split: str
-    scales: str
-    settings: tuple[str, ...]
-    weights: str | None
-    segmentation_weights: str | None
-    saliency: str | None
-    precision: str = "32-true"
-
-
-def classifier_of(plan: Plan) -> dict[str, object]:
-    """What classifier and CAMs of a run depend on: runs that agree here can share them."""
-    name, which = "classifier" if plan.system == "irnet" else plan.system, plan.preset
-    if name in ("affinitynet", "sccam"):
-        name, which = "affinitynet", "published-classifier" if which == "published" else f"{which}-classifier"
-    settings = settings_of(plan, "classifier")
-    return {
-        "classifier": (name, which),
-        "settings": as_dict(with_settings(preset(name, which), settings)),
-        **{name: getattr(plan, name) for name in ("seed", "hash", "split", "weights", "saliency", "precision")},
-    }
-
-
-def settings_of(plan: Plan, stage: str) -> list[str]:
-    """The --set of a stage, its own and those of all."""
-    chosen = []
-    for setting in plan.settings:
-        first, _, rest = setting.partition(".")
-        if first in STAGES and "=" in rest:
-            chosen += [rest] if first == stage else []
-        else:
-            chosen.append(setting)
-    return chosen
-
-
-def read_plan(out: Path) -> tuple[Plan, dict[str, float]]:
-    """Plan and seconds of the stages that are done.
-
-    Raises:
-        UsageError: no run, or a damaged one.
-    """
-    path = out / SETTINGS
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        values = {**record["plan"], "settings": tuple(record["plan"]["settings"])}
-        return Plan(**values), dict(record["seconds"])
-    except OSError:
-        raise UsageError(f"{shown(out)} holds no run: there is no {SETTINGS}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{shown(path)}: damaged, or of another version ({error})") from None
+RESULTS = "results.json"
 
 
 class FailedError(Exception):
@@ -168,36 +104,6 @@ def run(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def plan_of(arguments: argparse.Namespace, train: PictureSet, val: PictureSet) -> Plan:
-    if arguments.system not in SYSTEMS:
-        raise UsageError(f"system must be one of {', '.join(SYSTEMS)}, got {arguments.system!r}")
-    refiner = arguments.refiner or SYSTEMS[arguments.system]
-    if "," in refiner and set(refiner.split(",")) & {*TRAINED, *ONE_STAGE, "none"}:
-        raise UsageError(f"--refiner {', '.join((*TRAINED, *ONE_STAGE))} and none stand alone, got {refiner}")
-    if refiner in ONE_STAGE and refiner != arguments.system:
-        raise UsageError(f"--refiner {refiner} is for the system {refiner}, got {arguments.system}")
-    if arguments.saliency is not None and not takes_saliency(system(arguments.system)):
-        raise UsageError(f"--saliency is for systems that take such maps, which {arguments.system} does not")
-    tiny = "tiny" if arguments.preset.partition("-")[0] == "tiny" else "published"
-    return Plan(
-        system=arguments.system,
-        preset=arguments.preset,
-        segmentation=arguments.segmentation or ("v3plus" if tiny != "tiny" and arguments.system in V3PLUS else tiny),
-        refiner=refiner,
-        seed=arguments.seed,
-        data=shown(arguments.data),
-        hash=data_hash((*train.ids, *val.ids), train.labels()),
-        split=arguments.split,
-        val_split=arguments.val_split,
-        scales=arguments.scales,
-        settings=tuple(arguments.set),
-        weights=None if arguments.weights is None else shown(arguments.weights),
-        segmentation_weights=None if arguments.segmentation_weights is None else shown(arguments.segmentation_weights),
-        saliency=None if arguments.saliency is None else shown(arguments.saliency),
-        precision=arguments.precision,
-    )
-
-
 class _Stages:
     """The stages in turn; each goes on from what is there, by the means of its own command."""
 
@@ -207,7 +113,7 @@ class _Stages:
         self._device = arguments.device
         if self._device == "auto":
             self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._networks = self._configs()
+        self._networks = networks_of(plan)
         self._rounds = self._config("sccam").rounds if "sccam" in self._networks else 0
         if arguments.classifier is not None:
             self._check_classifier(arguments.classifier)
@@ -257,39 +163,8 @@ class _Stages:
             rows.append(of_labels("ceiling", self._val, out / "segmentation" / "ceiling", note))
         self._report(rows)
 
-    def _configs(self) -> dict[str, tuple[str, str]]:
-        """Stage -> system and preset, settings tried on each before anything is trained."""
-        plan = self._plan
-        classifier = classifier_of(plan)["classifier"]
-        assert isinstance(classifier, tuple)
-        networks = {"classifier": classifier, "deeplab": ("deeplab", plan.segmentation)}
-        if plan.system == "sccam":
-            networks["sccam"] = ("sccam", plan.preset)
-        if plan.refiner in TRAINED:
-            networks["affinity"] = (plan.refiner, self._refiner_preset(classifier))
-        for setting in plan.settings:
-            stage, dot, _ = setting.partition("=")[0].partition(".")
-            if dot and stage in STAGES and stage not in networks:
-                raise UsageError(f"--set {setting}: this run has no stage {stage}")
-        for stage, (name, which) in networks.items():
-            with_settings(preset(name, which), self._settings(stage))
-        return networks
-
     def _config(self, stage: str) -> Any:
-        return with_settings(preset(*self._networks[stage]), self._settings(stage))
-
-    def _refiner_preset(self, classifier: tuple[str, str]) -> str:
-        """Of the classifier's name, or else the first with its backbone."""
-        presets, backbone = system(self._plan.refiner).PRESETS, preset(*classifier).backbone
-        if self._plan.preset in presets:
-            return self._plan.preset
-        for name, config in presets.items():
-            if config.backbone == backbone and getattr(config, "stage", "affinity") == "affinity":
-                return name
-        raise UsageError(f"{self._plan.refiner} has no preset with the backbone {backbone}: give another --refiner")
-
-    def _settings(self, stage: str) -> list[str]:
-        return settings_of(self._plan, stage)
+        return with_settings(preset(*self._networks[stage]), settings_of(self._plan, stage))
 
     def _start(self) -> dict[str, float]:
         """The seconds of the stages that are done; the folder is this plan's."""
@@ -434,7 +309,10 @@ class _Stages:
         name, which = self._networks[stage]
         words = [name, f"--data={self._arguments.data}", f"--split={split}", f"--out={out}", f"--preset={which}"]
         words += [f"--seed={self._plan.seed}", f"--device={self._device}", f"--workers={self._arguments.workers}"]
-        words += [f"--precision={self._plan.precision}", *(f"--set={setting}" for setting in self._settings(stage))]
+        words += [
+            f"--precision={self._plan.precision}",
+            *(f"--set={setting}" for setting in settings_of(self._plan, stage)),
+        ]
         words += [] if weights is None else [f"--weights={weights}"]
         self._call("train", [*words, *more, "--resume"])
 

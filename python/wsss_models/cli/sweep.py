@@ -11,6 +11,7 @@ from pathlib import Path
 
 from wsss_models.cli import run as one_run
 from wsss_models.cli.main import DONE, UsageError
+from wsss_models.cli.run_plan import classifier_of, plan_of, read_plan
 from wsss_models.data.dataset import open_dataset
 
 Scores = dict[str, float]  # stage -> mean IoU in percent
@@ -76,12 +77,12 @@ def lines_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _same_classifier(arguments: argparse.Namespace, siblings: Sequence[Path]) -> Path | None:
     train = open_dataset(arguments.data, arguments.split)
-    wanted = one_run.classifier_of(one_run.plan_of(arguments, train, open_dataset(arguments.data, arguments.val_split)))
+    wanted = classifier_of(plan_of(arguments, train, open_dataset(arguments.data, arguments.val_split)))
     for folder in siblings:
         try:
-            plan, seconds = one_run.read_plan(folder)
+            plan, seconds = read_plan(folder)
         except UsageError:
             continue  # not begun
-        if "cams" in seconds and one_run.classifier_of(plan) == wanted:
+        if "cams" in seconds and classifier_of(plan) == wanted:
             return folder
     return None
