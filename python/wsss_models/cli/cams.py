@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
-from wsss_models.cli.main import DONE, SOME_FAILED, UsageError
-from wsss_models.cli.pictures import torch_device
-from wsss_models.cli.progress import Progress
-from wsss_models.data.artefacts import shown
-from wsss_models.data.dataset import open_dataset
-from wsss_models.data.folder import parse_shard
-from wsss_models.infer import FLIPS, Scales, load_run, run_hash, write_cams
+from wsss_models.cli import over_set
+from wsss_models.cli.main import UsageError
+from wsss_models.infer import FLIPS, Scales, run_hash, write_cams
 from wsss_models.systems import system
 
 
@@ -33,61 +27,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--branch", metavar="NAME", help=more)
     add("--stride", type=int, default=4, metavar="N", help="of the maps written (4); 1: the picture's size")
     add("--batch", type=int, default=4, metavar="N", help="pictures of one size that go through the network together")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="cpu|cuda")
-    add("--workers", type=int, default=2, metavar="N", help="processes that read pictures (2)")
-    add("--shard", metavar="i/n", help="take every n-th picture from the i-th on; default: torchrun's, or 0/1")
+    over_set.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.batch < 1 or arguments.workers < 0:
-        raise UsageError("--batch must be at least 1 and --workers at least 0")
-    device = torch_device(arguments.device)
-    rank, processes = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if arguments.batch < 1:
+        raise UsageError("--batch must be at least 1")
+    work = over_set.work_of(arguments, "cams", "a classifier, got {system}; it labels with wsss segment")
+    model, name = work.model, work.manifest["system"]
     try:
         numbers = tuple(float(text) for text in arguments.scales.split(","))
-        shard = parse_shard(arguments.shard or f"{rank}/{processes}")
-        model, manifest = load_run(arguments.training)
-        flip = arguments.flip or getattr(system(manifest["system"]), "FLIP", "sum")
-        scales = Scales(numbers, flip, arguments.stride)
-        source = _source(arguments, model, manifest["system"])
-        pictures = open_dataset(arguments.data, arguments.split)
+        scales = Scales(numbers, arguments.flip or getattr(system(name), "FLIP", "sum"), arguments.stride)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if not hasattr(model, "cams"):
-        raise UsageError(f"--run must be of a classifier, got {manifest['system']}; it labels with wsss segment")
-    if list(pictures.classes) != manifest.get("classes", list(pictures.classes)):
-        raise UsageError(f"--data must have the classes of --run, {manifest['classes']}, got {list(pictures.classes)}")
-    failures = 0
-    began = time.monotonic()
-    with Progress(len(range(shard[0], len(pictures), shard[1]))) as progress:
+    source = _source(arguments, model, name)
 
-        def failed(name: str, reason: str) -> None:
-            nonlocal failures
-            failures += 1
-            progress.add()
-            progress.say(f"failed: {shown(name)}: {reason}")
+    def write(failed: over_set.Failed, advance: Callable[[], None]) -> tuple[int, int]:
+        return write_cams(
+            model,
+            work.pictures,
+            arguments.out,
+            scales=scales,
+            source=source,
+            normalisation=work.manifest["config"]["recipe"]["normalisation"],
+            device=work.device,
+            batch_size=arguments.batch,
+            workers=arguments.workers,
+            shard=work.shard,
+            failed=failed,
+            advance=advance,
+        )
 
-        try:
-            written, kept = write_cams(
-                model,
-                pictures,
-                arguments.out,
-                scales=scales,
-                source=source,
-                normalisation=manifest["config"]["recipe"]["normalisation"],
-                device=device,
-                batch_size=arguments.batch,
-                workers=arguments.workers,
-                shard=shard,
-                failed=failed,
-                advance=progress.add,
-            )
-        except OSError as error:
-            raise UsageError(f"--out must be a folder that can be written to ({error})") from None
-    already = f", {kept} already done" if kept else ""
-    seconds = time.monotonic() - began
-    print(f"{written} written{already}, {failures} failed in {seconds:.1f} s; maps in {shown(arguments.out)}")
-    return SOME_FAILED if failures else DONE
+    return over_set.write_all(work, arguments.out, "maps", write)
 
 
 def _source(arguments: argparse.Namespace, model: nn.Module, name: str) -> str:
