@@ -159,7 +159,7 @@ class _Stages:
             rows.append(of_labels("deeplab", self._val, out / "segmentation" / "mean", scales))
             rows.append(of_labels("deeplab+CRF", self._val, out / "segmentation" / "crf", f"{scales}; dense CRF"))
         if self._arguments.ceiling:
-            note = f"deeplab trained on the masks of {plan.split}, {scales}: the most that its labels can give"
+            note = f"deeplab trained on the masks of {plan.split}, {scales}: about what the best labels could give"
             rows.append(of_labels("ceiling", self._val, out / "segmentation" / "ceiling", note))
         self._report(rows)
 
