@@ -20,9 +20,9 @@ const AdaptiveKernels& kernels() { return WSSS_CHOOSE_ISA(adaptive_kernels); }
 
 // Weighted values a thread should have to add in an iteration: some tens of microseconds.
 constexpr double kValuesPerThread = 1e6;
-constexpr size_t kRingFloats = 160 * 1024;  // of a tile: what stays in a second-level cache
+constexpr size_t kRingFloats = 240 * 1024;  // of a tile: what stays in a second-level cache
 constexpr int kLeastTile = 64;              // columns
-constexpr int kMostMaps = 24;               // of a tile
+constexpr int kMostMaps = 8;                // of a tile: few, for wide tiles, whose edges are read twice
 
 // Neighbours by dilation and then by row; a step past the whole map leads to its edge, as a step of its size does.
 struct Ring {

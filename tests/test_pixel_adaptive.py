@@ -69,6 +69,14 @@ def test_against_float64(device, shape, dilations, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_several_tiles_and_groups_of_maps(wk, variant):
+    """Rows this far apart fit a cache for few columns only."""
+    image, maps = scene(1, 17, 210, 200)
+    options = {"variant": variant, "dilations": (1, 190), "iterations": 2}
+    close(wk.pixel_adaptive(image, maps, **options), reference.pixel_adaptive(image, maps.double(), **options), 5e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradient_against_float64(device, shape, variant):
     image, maps = scene(*shape)
