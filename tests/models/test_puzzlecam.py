@@ -195,10 +195,10 @@ def test_loss_and_gradient(changes, n, size):
 
 
 def test_ramp():
-    model = small()
+    model = small(alpha=4.0)
     found = [model.weight(t / 20) for t in range(21)]
     assert found == pytest.approx([min(4 * t / (0.5 * 20), 4) for t in range(21)])
-    assert small(ramp=0.0).weight(0.0) == 4
+    assert small(alpha=4.0, ramp=0.0).weight(0.0) == 4
     batch = batch_of()
     start, end = model.loss(batch, progress=0.0), model.loss(batch)
     assert start["total"].item() == pytest.approx((start["classification"] + start["tiles"]).item())
@@ -231,7 +231,7 @@ def test_it_learns_and_resumes_with_the_same_bits(colours, tmp_path):
 
     def make(seed):
         torch.manual_seed(seed)
-        settings = ("num_classes=3", "width=4", "batch_size=6", "epochs=8", "lr=0.02", "crop=32")
+        settings = ("num_classes=3", "width=4", "batch_size=6", "epochs=8", "lr=0.02", "crop=32", "alpha=4")
         return puzzlecam.Model(with_settings(preset("puzzlecam", "tiny"), settings))
 
     whole, other = make(0), make(1)
