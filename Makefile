@@ -1,6 +1,6 @@
 # `make demo` and `make test` are all the set-up there is: each makes its own virtual environment in .venv first.
 #   PYTHON=python3.12 another interpreter     VENV=DIR another environment
-#   PYTEST_ARGS='-k walk' a part of the tests; WSSS_CUDA, WSSS_CUDA_ARCHS, CXX: see setup.py
+#   PYTEST_ARGS='-k walk' a part of the tests; CXX=clang++ another compiler; WSSS_CUDA=ON as pip would build it
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
@@ -9,6 +9,16 @@ BIN := $(abspath $(VENV))/bin
 VENV_PYTHON := $(BIN)/python
 PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 export PATH := $(BIN):$(PATH)
+
+# What is built here runs here: for the GPUs of this machine, without CUDA where there is none. pip builds them all.
+ifeq ($(origin WSSS_CUDA)$(origin WSSS_CUDA_ARCHS),undefinedundefined)
+GPU_KINDS := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sed -n 's/^\([0-9]*\)\.\([0-9]\)$$/\1\2-real/p' | sort -u)
+ifeq ($(GPU_KINDS),)
+export WSSS_CUDA := OFF
+else
+export WSSS_CUDA_ARCHS := $(shell echo $(GPU_KINDS) | tr ' ' ',')
+endif
+endif
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 # What runs once more without the compiled module: all that reaches the fall-back, in seconds. References are slow.
