@@ -218,6 +218,21 @@ def test_cuda_missing_is_a_notice(tmp_path):
     assert "building WITHOUT CUDA kernels" in " ".join(done.stderr.split())
 
 
+def test_cmake_by_hand_and_an_nvcc_too_old(tmp_path):
+    done = configure(tmp_path, "-G", "Unix Makefiles")
+    assert done.returncode == 0, done.stderr
+    compilers = list(tmp_path.glob("CMakeFiles/*/CMakeCUDACompiler.cmake"))
+    if not compilers:
+        pytest.skip("no nvcc")
+    found = re.sub(r'(CMAKE_CUDA_COMPILER_VERSION) "[0-9.]+"', r'\1 "11.5.119"', compilers[0].read_text())
+    compilers[0].write_text(found)
+    done = configure(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "CUDA 11.5.119, 11.8 or newer is needed: building WITHOUT CUDA kernels" in " ".join(done.stderr.split())
+    done = configure(tmp_path, "-DWSSS_CUDA=ON")
+    assert done.returncode != 0 and "CUDA 11.5.119" in done.stderr
+
+
 @pytest.mark.parametrize("option", ["-DWSSS_CUDA=perhaps", "-DWSSS_CUDA_ARCHS=sm_90"])
 def test_misspelt_options_are_named(tmp_path, option):
     done = configure(tmp_path, option)
