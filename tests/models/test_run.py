@@ -225,6 +225,25 @@ def test_refusals(scenes, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_without_splits_and_masks(folder, tmp_path, capsys):
+    more = ["--set", "epochs=1", "--set", "batch_size=2", "--refiner", "image"]
+    assert main(words("classifier", folder, tmp_path / "out", *more)) == 0
+    text = capsys.readouterr().out
+    assert "No picture has a mask" in text and "segmentation: " in text
+    for part in ("labels", "segmentation/mean", "segmentation/crf"):
+        assert {path.stem for path in (tmp_path / "out" / part).glob("*.png")} == {*open_dataset(folder).ids}
+    assert {row["split"] for row in results(tmp_path / "out")["rows"]} == {"all"}
+
+
+def test_splits_of_other_names_are_asked_for(folder, tmp_path, capsys):
+    (folder / "learn.txt").write_text("p0\np1\np2\np3\n")
+    assert main(words("classifier", folder, tmp_path / "out")) == 2
+    assert "split must be one of learn, got 'train'" in capsys.readouterr().err
+    (folder / "look.txt").write_text("p4\np5\n")
+    assert main(words("classifier", folder, tmp_path / "out", "--split", "learn")) == 2
+    assert "split must be one of learn, look, got 'val'" in capsys.readouterr().err
+
+
 def test_a_failed_picture_stops_the_run(scenes, tmp_path, capsys):
     pictures = open_dataset(scenes, "val")
     path = pictures.image_path(2)

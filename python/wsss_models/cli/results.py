@@ -47,6 +47,8 @@ def of_maps(stage: str, pictures: PictureSet, folder: Path) -> list[Row]:
 
 def table(rows: list[Row]) -> list[str]:
     """Classes downwards, stages across; what each stage is below."""
+    if not any(row.pictures for row in rows):
+        return ["No picture has a mask to compare with, so nothing is measured."]
     classes = list(rows[0].per_class)
     width = max(10, *(len(shown(name)) for name in classes))
     widths = [max(8, len(row.stage), len(row.split)) for row in rows]

@@ -27,12 +27,12 @@ from wsss_models.cli.run_plan import (
     Plan,
     classifier_of,
     networks_of,
+    open_splits,
     plan_of,
     read_plan,
     settings_of,
 )
 from wsss_models.data.artefacts import shown, write_atomically
-from wsss_models.data.dataset import open_dataset
 from wsss_models.data.pictures import PictureSet
 from wsss_models.systems import preset, system, with_settings
 from wsss_models.train import PRECISIONS
@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "system's own, image for classifier; mcic, with itself only: by its memory",
     )
     add("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
-    add("--split", default="train", metavar="NAME", help="that is learnt from (train)")
-    add("--val-split", default="val", metavar="NAME", help="that is segmented (val)")
+    add("--split", metavar="NAME", help="that is learnt from; default: train, or all pictures of a set without splits")
+    add("--val-split", metavar="NAME", help="that is segmented; default: val, or, without splits, --split")
     add("--weights", type=Path, metavar="FILE", help="public weights of the system's backbone")
     add(
         "--segmentation-weights",
@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("wsss run is one process; under torchrun, train the stages by wsss train")
     try:
-        train, val = open_dataset(arguments.data, arguments.split), open_dataset(arguments.data, arguments.val_split)
+        train, val = open_splits(arguments)
         plan = plan_of(arguments, train, val)
         _Stages(arguments, plan, train, val).run()
     except FailedError as error:
@@ -159,7 +159,8 @@ class _Stages:
             rows.append(of_labels("deeplab", self._val, out / "segmentation" / "mean", scales))
             rows.append(of_labels("deeplab+CRF", self._val, out / "segmentation" / "crf", f"{scales}; dense CRF"))
         if self._arguments.ceiling:
-            note = f"deeplab trained on the masks of {plan.split}, {scales}: about what the best labels could give"
+            learnt = f"deeplab trained on the masks of {plan.split or 'all pictures'}"
+            note = f"{learnt}, {scales}: about what the best labels could give"
             rows.append(of_labels("ceiling", self._val, out / "segmentation" / "ceiling", note))
         self._report(rows)
 
@@ -213,29 +214,25 @@ class _Stages:
 
     def _train_ceiling(self) -> None:
         out, weights = self._out / "ceiling", self._arguments.segmentation_weights or self._of_classifier("deeplab")
-        self._fit("deeplab", out, self._plan.split, weights, ["--labels=masks"])
-        self._segment_by("ceiling", self._plan.val_split, self._out / "segmentation" / "ceiling")
+        self._fit("deeplab", out, weights, ["--labels=masks"])
+        self._segment_by("ceiling", self._val, self._out / "segmentation" / "ceiling")
 
     def _train_classifier(self) -> None:
         maps = self._arguments.saliency
         more = [] if maps is None else [f"--saliency={maps}"]
-        self._fit("classifier", self._out / "classifier", self._plan.split, self._arguments.weights, more)
+        self._fit("classifier", self._out / "classifier", self._arguments.weights, more)
 
     def _train_round(self, number: int) -> None:
         """Each from the weights that the first one began with."""
         previous = [f"--previous={self._maps_of(number - 1)}", f"--set=round={number}"]
-        self._fit("sccam", self._maps_of(number), self._plan.split, self._arguments.weights, previous)
+        self._fit("sccam", self._maps_of(number), self._arguments.weights, previous)
 
     def _maps_of(self, number: int) -> Path:
         """The training of a round; the classifier's is number 0."""
         return self._out / (f"round{number}" if number else "classifier")
 
     def _write_cams(self) -> None:
-        inputs = [
-            f"--run={self._maps_of(self._rounds)}",
-            f"--data={self._arguments.data}",
-            f"--split={self._plan.split}",
-        ]
+        inputs = [f"--run={self._maps_of(self._rounds)}", *self._pictures(self._train)]
         workers = f"--workers={self._arguments.workers}"
         self._call("cams", [*inputs, f"--out={self._out / 'cams'}", f"--device={self._device}", workers])
         for branch in self._branches():
@@ -255,17 +252,17 @@ class _Stages:
 
     def _train_affinity(self) -> None:
         cams = [f"--cams={self._out / 'cams'}"]
-        self._fit("affinity", self._out / "affinity", self._plan.split, self._of_classifier("affinity"), cams)
+        self._fit("affinity", self._out / "affinity", self._of_classifier("affinity"), cams)
 
     def _write_labels(self) -> None:
-        out, data = self._out, self._arguments.data
+        out = self._out
         if self._plan.refiner in TRAINED:
-            inputs = [f"--run={out / 'affinity'}", f"--data={data}", f"--split={self._plan.split}"]
+            inputs = [f"--run={out / 'affinity'}", *self._pictures(self._train)]
             device = f"--device={self._device}"
             self._call("spread", [*inputs, f"--cams={out / 'cams'}", f"--out={out / 'labels'}", device])
             return
         if self._plan.refiner in ONE_STAGE:
-            self._segment_by("classifier", self._plan.split, out / "labels", "--labelled")
+            self._segment_by("classifier", self._train, out / "labels", "--labelled")
             return
         ids = out / "ids.txt"
         write_atomically(ids, "".join(f"{name}\n" for name in self._train.ids).encode("utf-8", "surrogateescape"))
@@ -279,18 +276,18 @@ class _Stages:
     def _train_deeplab(self) -> None:
         labels = [f"--labels={self._out / 'labels'}"]
         weights = self._arguments.segmentation_weights or self._of_classifier("deeplab")
-        self._fit("deeplab", self._out / "deeplab", self._plan.split, weights, labels)
+        self._fit("deeplab", self._out / "deeplab", weights, labels)
 
     def _segment(self) -> None:
-        out, split = self._out / "segmentation", self._plan.val_split
+        out, val = self._out / "segmentation", self._val
         if self._plan.system in ONE_STAGE:
-            self._segment_by("classifier", split, out / self._plan.system)
-            self._segment_by("classifier", split, out / f"{self._plan.system}-crf", "--crf")
-        self._segment_by("deeplab", split, out / "mean")
-        self._segment_by("deeplab", split, out / "crf", "--crf")
+            self._segment_by("classifier", val, out / self._plan.system)
+            self._segment_by("classifier", val, out / f"{self._plan.system}-crf", "--crf")
+        self._segment_by("deeplab", val, out / "mean")
+        self._segment_by("deeplab", val, out / "crf", "--crf")
 
-    def _segment_by(self, stage: str, split: str, out: Path, *more: str) -> None:
-        inputs = [f"--run={self._out / stage}", f"--data={self._arguments.data}", f"--split={split}", f"--out={out}"]
+    def _segment_by(self, stage: str, pictures: PictureSet, out: Path, *more: str) -> None:
+        inputs = [f"--run={self._out / stage}", *self._pictures(pictures), f"--out={out}"]
         inputs += [f"--scales={self._plan.scales}", f"--device={self._device}", f"--workers={self._arguments.workers}"]
         self._call("segment", [*inputs, *more])
 
@@ -305,9 +302,9 @@ class _Stages:
         print(f"{stage} begins anew: its backbone is {found[0][0]}, the classifier's {found[1][0]}", flush=True)
         return None
 
-    def _fit(self, stage: str, out: Path, split: str, weights: Path | None, more: Sequence[str] = ()) -> None:
+    def _fit(self, stage: str, out: Path, weights: Path | None, more: Sequence[str] = ()) -> None:
         name, which = self._networks[stage]
-        words = [name, f"--data={self._arguments.data}", f"--split={split}", f"--out={out}", f"--preset={which}"]
+        words = [name, *self._pictures(self._train), f"--out={out}", f"--preset={which}"]
         words += [f"--seed={self._plan.seed}", f"--device={self._device}", f"--workers={self._arguments.workers}"]
         words += [
             f"--precision={self._plan.precision}",
@@ -315,6 +312,10 @@ class _Stages:
         ]
         words += [] if weights is None else [f"--weights={weights}"]
         self._call("train", [*words, *more, "--resume"])
+
+    def _pictures(self, pictures: PictureSet) -> list[str]:
+        split = [] if pictures.split is None else [f"--split={pictures.split}"]
+        return [f"--data={self._arguments.data}", *split]
 
     def _call(self, command: str, words: Sequence[str]) -> None:
         module = import_module(f"wsss_models.cli.{command}")
@@ -329,7 +330,10 @@ class _Stages:
         stages = dict(self._seconds)
         self._write(RESULTS, {**values, "data": plan.data, "rows": [asdict(row) for row in rows], "stages": stages})
         print("\n".join(table(rows)))
-        print(f"written: {shown(self._out / RESULTS)}")
+        print(f"written: {shown(self._out / RESULTS)}; CAMs: {shown(self._out / 'cams')}", end="")
+        print(f"; pseudo-labels: {shown(self._out / 'labels')}", end="")
+        segmented = self._arguments.until == "deeplab"
+        print(f"; segmentation: {shown(self._out / 'segmentation' / 'crf')}" if segmented else "")
 
 
 def _root_of(pictures: PictureSet) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from wsss_models.cli.main import UsageError
 from wsss_models.data.artefacts import shown
+from wsss_models.data.dataset import list_splits, open_dataset
 from wsss_models.data.pictures import PictureSet
 from wsss_models.systems import as_dict, preset, system, with_settings
 from wsss_models.train import data_hash
@@ -41,8 +42,8 @@ class Plan:
     seed: int
     data: str
     hash: str
-    split: str
-    val_split: str
+    split: str | None
+    val_split: str | None
     scales: str
     settings: tuple[str, ...]
     weights: str | None
@@ -93,6 +94,14 @@ def read_plan(out: Path) -> tuple[Plan, dict[str, float]]:
         raise UsageError(f"{shown(path)}: damaged, or of another version ({error})") from None
 
 
+def open_splits(arguments: argparse.Namespace) -> tuple[PictureSet, PictureSet]:
+    """What is learnt from, and what is segmented: the same where a folder of one's own is not divided."""
+    known = list_splits(arguments.data)
+    split = arguments.split or ("train" if known else None)
+    val_split = arguments.val_split or (split if {*known} <= {split} else "val")
+    return open_dataset(arguments.data, split), open_dataset(arguments.data, val_split)
+
+
 def plan_of(arguments: argparse.Namespace, train: PictureSet, val: PictureSet) -> Plan:
     if arguments.system not in SYSTEMS:
         raise UsageError(f"system must be one of {', '.join(SYSTEMS)}, got {arguments.system!r}")
@@ -112,8 +121,8 @@ def plan_of(arguments: argparse.Namespace, train: PictureSet, val: PictureSet) -
         seed=arguments.seed,
         data=shown(arguments.data),
         hash=data_hash((*train.ids, *val.ids), train.labels()),
-        split=arguments.split,
-        val_split=arguments.val_split,
+        split=train.split,
+        val_split=val.split,
         scales=arguments.scales,
         settings=tuple(arguments.set),
         weights=None if arguments.weights is None else shown(arguments.weights),

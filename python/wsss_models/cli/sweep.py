@@ -11,8 +11,7 @@ from pathlib import Path
 
 from wsss_models.cli import run as one_run
 from wsss_models.cli.main import DONE, UsageError
-from wsss_models.cli.run_plan import classifier_of, plan_of, read_plan
-from wsss_models.data.dataset import open_dataset
+from wsss_models.cli.run_plan import classifier_of, open_splits, plan_of, read_plan
 
 Scores = dict[str, float]  # stage -> mean IoU in percent
 
@@ -76,8 +75,7 @@ def lines_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _same_classifier(arguments: argparse.Namespace, siblings: Sequence[Path]) -> Path | None:
-    train = open_dataset(arguments.data, arguments.split)
-    wanted = classifier_of(plan_of(arguments, train, open_dataset(arguments.data, arguments.val_split)))
+    wanted = classifier_of(plan_of(arguments, *open_splits(arguments)))
     for folder in siblings:
         try:
             plan, seconds = read_plan(folder)

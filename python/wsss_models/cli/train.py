@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,9 @@ def _run(arguments: argparse.Namespace) -> int:
     model = module.Model(config)
     if arguments.weights is not None:
         kept = load_model(model, read_weights(arguments.weights), source=arguments.weights)
-        print(f"weights of {shown(arguments.weights)}; new: {', '.join(kept) or 'none'}", flush=True)
+        parts = Counter(name.partition(".")[0] for name in kept)
+        new = ", ".join(f"{part} ({count})" for part, count in parts.items())
+        print(f"weights of {shown(arguments.weights)}; new tensors: {new or 'none'}", flush=True)
     elif arguments.preset != "tiny" and not arguments.preset.startswith("tiny-"):
         print("no --weights: the backbone begins with random numbers, which the published settings do not", flush=True)
     epochs = getattr(config, "last_epoch", config.recipe.epochs)
