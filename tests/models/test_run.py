@@ -132,7 +132,7 @@ def test_systems_with_a_network_of_affinities(scenes, tmp_path, capsys, system):
     more = [word for setting in ("classifier.epochs=3", "affinity.epochs=2") for word in ("--set", setting)]
     more += ["--set", "deeplab.epochs=2", "--set", "deeplab.version=v3plus"]
     assert main(words(system, scenes, tmp_path / "out", *more)) == 0
-    assert "new: none" in capsys.readouterr().out or system == "irnet"
+    assert "new tensors: none" in capsys.readouterr().out or system == "irnet"
     found = results(tmp_path / "out")
     assert [row["stage"] for row in found["rows"]] == [
         "CAM best",
