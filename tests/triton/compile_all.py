@@ -61,13 +61,13 @@ class Program(NamedTuple):
     module: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, int | tuple[float, ...]], ...]
+    constants: tuple[tuple[str, int | tuple[float, ...] | None], ...]
     threads: int
     registers: int | None
 
     def __str__(self) -> str:
         types = dict.fromkeys(kind[1:] for _, kind in self.signature if kind.startswith("*") and kind != "*i32")
-        constants = (f"{name.lower()}={value:n}" for name, value in self.constants if not isinstance(value, tuple))
+        constants = (f"{name.lower()}={value:n}" for name, value in self.constants if isinstance(value, int | float))
         return " ".join([self.kernel, "/".join(types), *constants])
 
 
@@ -89,6 +89,8 @@ def recorded_programs() -> list[Program]:
 
     def record(function, count, configuration, *arguments, **constants) -> None:
         constants = {**configuration.blocks, **constants}
+        if launch.multiplies(function):
+            constants["PRECISION"] = None  # the target's
         parameters = [p for p in function.params if not p.is_constexpr]
         assert len(parameters) == len(arguments), function
         signature = tuple((p.name, argument_type(a, p.annotation_type))
@@ -166,22 +168,26 @@ def recorded_programs() -> list[Program]:
 def compile_for(program: Program, target: GPUTarget) -> Use:
     function = getattr(importlib.import_module(program.module), program.kernel)
     signature = {**dict(program.signature), **{name: "constexpr" for name, _ in program.constants}}
+    constants, hip = dict(program.constants), target.backend == "hip"
+    if launch.multiplies(function):
+        constants["PRECISION"] = launch.precision(hip=hip, capability=0 if hip else target.arch)
     ordered = {parameter.name: signature[parameter.name] for parameter in function.params}
     compiled = triton.compile(
-        ASTSource(function, ordered, constexprs=dict(program.constants)),
+        ASTSource(function, ordered, constexprs=constants),
         target=target,
-        options=launch.compiler_options(
-            program.threads, program.registers, target.warp_size, hip=target.backend == "hip"
-        ),
+        options=launch.compiler_options(program.threads, program.registers, target.warp_size, hip=hip),
     )
     narrow = NARROW_OFFSET.search(compiled.asm["ttir"])
     if narrow:
         raise ValueError(f"{program} moves a pointer by less than 64 bits: {narrow[0]}")
+    instructions = compiled.asm["amdgcn" if hip else "ptx"]
+    if launch.multiplies(function) and "mma" not in instructions and "mfma" not in instructions:
+        raise ValueError(f"{program} leaves the tensor cores of {name_of(target)} unused")
     shared = compiled.metadata.shared
-    if target.backend == "hip":
+    if hip:
 
         def value(name: str) -> int:
-            return int(re.search(rf"\.{name}:\s*(\d+)", compiled.asm["amdgcn"])[1])
+            return int(re.search(rf"\.{name}:\s*(\d+)", instructions)[1])
 
         return Use(value("vgpr_count"), value("vgpr_spill_count") + value("sgpr_spill_count"), shared)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:

@@ -17,7 +17,10 @@ LEAST = tl.constexpr(1e-5)  # inside the entropy's logarithm
 
 
 @triton.jit
-def products(a, b, first_a, first_b, rows_a, rows_b, dim, A: tl.constexpr, B: tl.constexpr, CHANNELS: tl.constexpr):
+def products(
+    a, b, first_a, first_b, rows_a, rows_b, dim,
+    A: tl.constexpr, B: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """[A, B] of <a[first_a + i], b[first_b + j]>, 0 past the last row; both [rows, dim]."""
     i = first_a + tl.arange(0, A)[:, None]
     j = first_b + tl.arange(0, B)[None, :]
@@ -27,7 +30,7 @@ def products(a, b, first_a, first_b, rows_a, rows_b, dim, A: tl.constexpr, B: tl
         down = d + tl.arange(0, CHANNELS)[:, None]
         left = tl.load(a + (i.to(tl.int64) * dim + across), mask=(i < rows_a) & (across < dim), other=0.0)
         right = tl.load(b + (j.to(tl.int64) * dim + down), mask=(j < rows_b) & (down < dim), other=0.0)
-        sums = tl.dot(left, right, sums, input_precision="ieee")
+        sums = tl.dot(left, right, sums, input_precision=PRECISION)
     return sums
 
 
@@ -42,7 +45,8 @@ def rows_of(stats, number, first, queries, place: tl.constexpr, QUERIES: tl.cons
 @kernel
 def statistics_of_queries(
     query, keys, counts, stats, entropy, scores, heads, queries, entries, dim, scale,
-    ENTROPY: tl.constexpr, SCORES: tl.constexpr, QUERIES: tl.constexpr, ENTRIES: tl.constexpr, CHANNELS: tl.constexpr,
+    ENTROPY: tl.constexpr, SCORES: tl.constexpr,
+    QUERIES: tl.constexpr, ENTRIES: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Maximum and 1 / sum of each query, its entropy and slope if ENTROPY, the scores themselves if SCORES."""
     blocks = tl.cdiv(queries, QUERIES)
@@ -56,7 +60,7 @@ def statistics_of_queries(
     total = tl.zeros([QUERIES], tl.float32)
     for m in range(0, count, ENTRIES):
         column = m + tl.arange(0, ENTRIES)[None, :]
-        s = products(query, keys, first, m, queries, count, dim, QUERIES, ENTRIES, CHANNELS) * scale
+        s = products(query, keys, first, m, queries, count, dim, QUERIES, ENTRIES, CHANNELS, PRECISION) * scale
         s = tl.where(column < count, s, float("-inf"))
         if SCORES:
             at = (number * queries + q.to(tl.int64)[:, None]) * entries + column
@@ -71,7 +75,7 @@ def statistics_of_queries(
         sums = tl.zeros([QUERIES], tl.float32)
         for m in range(0, count, ENTRIES):
             column = m + tl.arange(0, ENTRIES)[None, :]
-            s = products(query, keys, first, m, queries, count, dim, QUERIES, ENTRIES, CHANNELS) * scale
+            s = products(query, keys, first, m, queries, count, dim, QUERIES, ENTRIES, CHANNELS, PRECISION) * scale
             a = tl.where(column < count, tl.exp(s - most[:, None]) * inverse[:, None], 0.0)
             logarithm = tl.log(a + LEAST)
             sums -= tl.sum(a * logarithm, axis=1)
@@ -87,6 +91,7 @@ def statistics_of_queries(
 def attend(
     query, keys, values, counts, stats, out, heads, queries, entries, dim, scale,
     QUERIES: tl.constexpr, ENTRIES: tl.constexpr, CHANNELS: tl.constexpr, OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT channels of the result for a block of queries; the first program of a block notes 1 / sum of those kept."""
     parts = tl.cdiv(dim, OUT)
@@ -106,13 +111,13 @@ def attend(
     sums = tl.zeros([QUERIES, OUT], tl.float32)
     for m in range(0, count, ENTRIES):
         column = m + tl.arange(0, ENTRIES)
-        s = products(query, keys, first, m, queries, count, dim, QUERIES, ENTRIES, CHANNELS) * scale
+        s = products(query, keys, first, m, queries, count, dim, QUERIES, ENTRIES, CHANNELS, PRECISION) * scale
         left_out = (s < cut[:, None]) | (column[None, :] >= count)
         p = tl.where(left_out, 0.0, tl.exp(s - most[:, None]))
         total += tl.sum(p, axis=1)
         at = column.to(tl.int64)[:, None] * dim + channel
         v = tl.load(values + at, mask=(column[:, None] < count) & (channel < dim), other=0.0)
-        sums = tl.dot(p, v, sums, input_precision="ieee")
+        sums = tl.dot(p, v, sums, input_precision=PRECISION)
     inverse = tl.where(total == 0.0, 0.0, 1.0 / total)
     at = (number * queries + q.to(tl.int64)[:, None]) * dim + channel
     tl.store(out + at, sums * inverse[:, None], mask=(q[:, None] < queries) & (channel < dim))
@@ -139,6 +144,7 @@ def gradient_of_queries(
     grad, grad_entropy, delta, query, keys, values, counts, stats, grad_query, heads, queries, entries, dim,
     scale, ATTENDED: tl.constexpr, ENTROPY: tl.constexpr,
     QUERIES: tl.constexpr, ENTRIES: tl.constexpr, CHANNELS: tl.constexpr, OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT channels of the queries' gradient."""
     parts = tl.cdiv(dim, OUT)
@@ -163,16 +169,16 @@ def gradient_of_queries(
     sums = tl.zeros([QUERIES, OUT], tl.float32)
     for m in range(0, count, ENTRIES):
         column = m + tl.arange(0, ENTRIES)
-        s = products(query, keys, first, m, queries, count, dim, QUERIES, ENTRIES, CHANNELS) * scale
+        s = products(query, keys, first, m, queries, count, dim, QUERIES, ENTRIES, CHANNELS, PRECISION) * scale
         w = tl.zeros_like(s)
         if ATTENDED:
-            w = products(grad, values, first, m, queries, count, dim, QUERIES, ENTRIES, CHANNELS)
+            w = products(grad, values, first, m, queries, count, dim, QUERIES, ENTRIES, CHANNELS, PRECISION)
         inside = column[None, :] < count
         change = change_of_scores(s, w, mean, most, inverse, cut, inverse_kept, slope, of_entropy, inside,
                                   ATTENDED, ENTROPY)[1]  # fmt: skip
         at = column.to(tl.int64)[:, None] * dim + channel
         k = tl.load(keys + at, mask=(column[:, None] < count) & (channel < dim), other=0.0)
-        sums = tl.dot(change * scale, k, sums, input_precision="ieee")
+        sums = tl.dot(change * scale, k, sums, input_precision=PRECISION)
     tl.store(grad_query + (row[:, None] * dim + channel), sums, mask=(q[:, None] < queries) & (channel < dim))
 
 
@@ -181,6 +187,7 @@ def gradient_of_memory(
     grad, grad_entropy, delta, query, keys, values, counts, stats, grad_keys, grad_values, heads, queries, entries, dim,
     scale, ATTENDED: tl.constexpr, ENTROPY: tl.constexpr,
     QUERIES: tl.constexpr, ENTRIES: tl.constexpr, CHANNELS: tl.constexpr, OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """OUT channels of the gradients of a block of packed entries; zeros past the last."""
     parts = tl.cdiv(dim, OUT)
@@ -201,10 +208,10 @@ def gradient_of_memory(
         row = number * queries + q.to(tl.int64)
         mean = tl.load(delta + row, mask=(q < queries) & ATTENDED, other=0.0)[None, :]
         of_entropy = tl.load(grad_entropy + row, mask=(q < queries) & ENTROPY, other=0.0)[None, :]
-        s = products(keys, query, m, first, count, queries, dim, ENTRIES, QUERIES, CHANNELS) * scale
+        s = products(keys, query, m, first, count, queries, dim, ENTRIES, QUERIES, CHANNELS, PRECISION) * scale
         w = tl.zeros_like(s)
         if ATTENDED:
-            w = products(values, grad, m, first, count, queries, dim, ENTRIES, QUERIES, CHANNELS)
+            w = products(values, grad, m, first, count, queries, dim, ENTRIES, QUERIES, CHANNELS, PRECISION)
         most = rows_of(stats, number, first, queries, 0, QUERIES)[None, :]
         inverse = rows_of(stats, number, first, queries, 1, QUERIES)[None, :]
         cut = rows_of(stats, number, first, queries, 2, QUERIES)[None, :]
@@ -215,9 +222,9 @@ def gradient_of_memory(
                                      ATTENDED, ENTROPY)  # fmt: skip
         at = q.to(tl.int64)[:, None] * dim + channel
         there = (q[:, None] < queries) & (channel < dim)
-        of_keys = tl.dot(change * scale, tl.load(query + at, mask=there, other=0.0), of_keys, input_precision="ieee")
+        of_keys = tl.dot(change * scale, tl.load(query + at, mask=there, other=0.0), of_keys, input_precision=PRECISION)
         if ATTENDED:
-            of_values = tl.dot(p, tl.load(grad + at, mask=there, other=0.0), of_values, input_precision="ieee")
+            of_values = tl.dot(p, tl.load(grad + at, mask=there, other=0.0), of_values, input_precision=PRECISION)
     at = (number * entries + column.to(tl.int64)[:, None]) * dim + channel
     there = (column[:, None] < entries) & (channel < dim)
     tl.store(grad_keys + at, of_keys, mask=there)

@@ -60,9 +60,9 @@ ATTENTION = Configuration(256, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS": 16, "O
 ATTENTION_GRADIENT = Configuration(128, {"QUERIES": 32, "ENTRIES": 32, "CHANNELS": 16, "OUT": 64}, registers=255)
 CONTEXT = Configuration(128, {"CHANNELS": 16, "PIXELS": 64})
 CONTEXT_GRADIENT = Configuration(128, {"CHANNELS": 16, "PIXELS": 64})
-HISTOGRAM = {  # by words at once; 64 x 128 and 128 x 64 spill on sm_90
-    words: Configuration(256, {"WORDS": words, "PIXELS": pixels, "DEPTH": 32}, registers=255)
-    for words, pixels in ((64, 64), (128, 32), (256, 32))
+HISTOGRAM = {  # by words at once; more spills on sm_90
+    words: Configuration(256, {"WORDS": words, "PIXELS": pixels, "DEPTH": depth}, registers=255)
+    for words, pixels, depth in ((64, 64, 16), (128, 32, 32), (256, 32, 16))
 }
 PYRAMID = Configuration(32, {"BLOCK": 64})  # windows of 7 x 7 pixels are common
 PYRAMID_GRADIENT = Configuration(128, {"BLOCK": 256})
@@ -100,10 +100,22 @@ def kernel(function):
 def launch(function, programs: int, configuration: Configuration, *arguments: Any, **constants: Any) -> None:
     """On the current device and stream."""
     if programs > 0:
-        options = compiler_options(
-            configuration.threads, configuration.registers, _warp_size(), hip=torch.version.hip is not None
-        )
+        hip = torch.version.hip is not None
+        options = compiler_options(configuration.threads, configuration.registers, _warp_size(), hip=hip)
+        if multiplies(function):
+            constants["PRECISION"] = precision(hip=hip, capability=_capability())
         function[(programs,)](*arguments, **configuration.blocks, **constants, **options)
+
+
+def multiplies(function) -> bool:
+    """Whether a kernel has products of matrices, and takes how they are made of float32."""
+    return "PRECISION" in function.arg_names
+
+
+def precision(*, hip: bool, capability: int) -> str:
+    """How float32 is multiplied. Tensor cores make three products of TF32 of it, 22 bits of each factor's 24; AMD's
+    matrix cores take float32 as it is, and before capability 8.0 there is no TF32."""
+    return "ieee" if hip or capability < 80 else "tf32x3"
 
 
 def compiler_options(threads: int, registers: int | None, warp_size: int, *, hip: bool) -> dict[str, int]:
@@ -111,6 +123,13 @@ def compiler_options(threads: int, registers: int | None, warp_size: int, *, hip
     if registers is not None and not hip:
         options["maxnreg"] = registers
     return options
+
+
+def _capability() -> int:
+    if not torch.cuda.is_initialized():  # the interpreter
+        return 0
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def _warp_size() -> int:

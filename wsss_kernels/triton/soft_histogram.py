@@ -1,7 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The kernels of soft_histogram in Triton: scores of words and pixels live in registers alone.
 
-Products of half precision inputs are exact; float32 is multiplied as IEEE asks, since the assignment is decided by it.
+Products of half precision inputs are exact; those of float32 keep its precision on tensor cores too (launch.precision),
+since the assignment is decided by them.
 """
 
 import torch
@@ -20,7 +21,7 @@ _SLOPE_BYTES = 32 << 20
 @triton.jit
 def products(
     feats, codebook, word, pixel, dim, pixels, words,
-    WORDS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr,
+    WORDS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """[WORDS, PIXELS] inner products of words and pixels of one image, and the pixels' squares."""
     scores = tl.zeros([WORDS, PIXELS], tl.float32)
@@ -31,7 +32,7 @@ def products(
         f = tl.load(feats + (channel.to(tl.int64)[:, None] * pixels + pixel[None, :]), mask=held, other=0.0)
         known = (word[:, None] < words) & (channel[None, :] < dim)
         c = tl.load(codebook + (word.to(tl.int64)[:, None] * dim + channel[None, :]), mask=known, other=0.0)
-        scores = tl.dot(c, f, scores, input_precision="ieee")
+        scores = tl.dot(c, f, scores, input_precision=PRECISION)
         wide = f.to(tl.float32)
         squares += tl.sum(wide * wide, axis=0)
     return scores, squares
@@ -40,10 +41,10 @@ def products(
 @triton.jit
 def shares(
     feats, codebook, word_norms, word, pixel, norm, log_sum, temperature, dim, pixels, words,
-    WORDS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr,
+    WORDS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Cosines and softmax [WORDS, PIXELS] from what the forward kept of each pixel; shares of words not there are 0."""
-    scores, _ = products(feats, codebook, word, pixel, dim, pixels, words, WORDS, PIXELS, DEPTH)
+    scores, _ = products(feats, codebook, word, pixel, dim, pixels, words, WORDS, PIXELS, DEPTH, PRECISION)
     known = word < words
     cosine = scores * tl.load(word_norms + word.to(tl.int64), mask=known, other=0.0)[:, None] * norm[None, :]
     share = tl.exp(cosine * temperature - log_sum[None, :])
@@ -53,7 +54,8 @@ def shares(
 @kernel
 def assign_pixels(
     feats, codebook, word_norms, assignment, inverse_norm, log_sum, bins, temperature, dim, pixels, words,
-    ONE: tl.constexpr, WORDS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr,
+    ONE: tl.constexpr,
+    WORDS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program a block of pixels, all words in turn; with ONE block of words their bins too: [programs, M]."""
     blocks = tl.cdiv(pixels, PIXELS)
@@ -68,7 +70,7 @@ def assign_pixels(
     for first in range(0, words, WORDS):
         word = first + tl.arange(0, WORDS)
         known = (word < words)[:, None]
-        scores, squares = products(feats, codebook, word, pixel, dim, pixels, words, WORDS, PIXELS, DEPTH)
+        scores, squares = products(feats, codebook, word, pixel, dim, pixels, words, WORDS, PIXELS, DEPTH, PRECISION)
         length = tl.sqrt(squares)
         norm = tl.where(length <= 1e-12, 0.0, 1.0 / length)
         scores = scores * tl.load(word_norms + word.to(tl.int64), mask=word < words, other=0.0)[:, None] * norm[None, :]
@@ -100,7 +102,7 @@ def assign_pixels(
 @kernel
 def sum_bins(
     feats, codebook, word_norms, inverse_norm, log_sum, bins, temperature, dim, pixels, words,
-    WORDS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr,
+    WORDS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program a block of pixels and a block of words: bins [pixel blocks, M]."""
     columns = tl.cdiv(words, WORDS)
@@ -114,7 +116,7 @@ def sum_bins(
     log = tl.load(log_sum + at, mask=pixel < pixels, other=0.0)
     _, share = shares(
         feats + image * dim * pixels, codebook, word_norms, word, pixel, norm, log, temperature, dim, pixels, words,
-        WORDS, PIXELS, DEPTH,
+        WORDS, PIXELS, DEPTH, PRECISION,
     )  # fmt: skip
     tl.store(bins + (row.to(tl.int64) * words + word), tl.sum(share, axis=1), mask=word < words)
 
@@ -122,7 +124,7 @@ def sum_bins(
 @kernel
 def mean_gradients(
     feats, codebook, word_norms, grad, inverse_norm, log_sum, means, along, temperature, dim, pixels, words,
-    WORDS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr,
+    WORDS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program a block of pixels: the mean of grad by shares, and the sum of slope * cosine, of each pixel."""
     blocks = tl.cdiv(pixels, PIXELS)
@@ -139,7 +141,7 @@ def mean_gradients(
         word = first + tl.arange(0, WORDS)
         cosine, share = shares(
             feats + image * dim * pixels, codebook, word_norms, word, pixel, norm, log, temperature, dim, pixels,
-            words, WORDS, PIXELS, DEPTH,
+            words, WORDS, PIXELS, DEPTH, PRECISION,
         )  # fmt: skip
         g = tl.load(grad + (image * words + word), mask=word < words, other=0.0)[:, None]
         mean += tl.sum(share * g, axis=0)
@@ -152,7 +154,7 @@ def mean_gradients(
 @kernel
 def slopes_of_scores(
     feats, codebook, word_norms, grad, inverse_norm, log_sum, means, slopes, temperature, dim, pixels, words,
-    WORDS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr,
+    WORDS: tl.constexpr, PIXELS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program a block of pixels and a block of words: slopes [images, M, N] of the cosines, times 1 / |f|."""
     columns = tl.cdiv(words, WORDS)
@@ -168,7 +170,7 @@ def slopes_of_scores(
     mean = tl.load(means + at, mask=inside, other=0.0)
     _, share = shares(
         feats + image * dim * pixels, codebook, word_norms, word, pixel, norm, log, temperature, dim, pixels, words,
-        WORDS, PIXELS, DEPTH,
+        WORDS, PIXELS, DEPTH, PRECISION,
     )  # fmt: skip
     g = tl.load(grad + (image * words + word), mask=word < words, other=0.0)
     slope = temperature * share * (g[:, None] - mean[None, :]) * norm[None, :]
