@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -88,6 +89,20 @@ def test_printed_for_people():
     assert printed.stdout.splitlines()[0] == text.splitlines()[0]
     assert len(printed.stdout.splitlines()) < 60
     assert printed.stderr == ""
+
+
+def test_a_reader_that_goes_away():
+    commands = [["-m", "wsss_kernels"]]
+    if importlib.util.find_spec("wsss_models"):
+        commands.append(["-c", "import sys; from wsss_models.cli.main import main; sys.exit(main())", "--version"])
+    for command in commands:
+        nobody, write = os.pipe()
+        os.close(nobody)
+        with os.fdopen(write) as output:
+            done = subprocess.run(
+                [sys.executable, *command], stdout=output, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert done.stderr == ""
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
-DONE, SOME_FAILED, WRONG_ARGUMENTS, INTERRUPTED = 0, 1, 2, 130
+DONE, SOME_FAILED, WRONG_ARGUMENTS, INTERRUPTED, NOBODY_READS = 0, 1, 2, 130, 141
 
 # Name -> what it does; the module of that name has add_arguments(parser) and run(arguments) -> exit code. Only the
 # module of the command given is imported, so that `wsss --help` does not wait for torch.
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the name of the program; None = those of the process.
 
     Returns:
-        int: 0 done, 1 some pictures failed (each named, the rest finished), 2 wrong arguments, 130 interrupted.
+        int: 0 done, 1 some pictures failed (each named, the rest finished), 2 wrong arguments, 130 interrupted,
+        141 when what reads the output has gone.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in argv if not word.startswith("-")), None)
@@ -57,12 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 module.add_arguments(sub)
         arguments = parser.parse_args(argv)
         if arguments.version:
-            print(f"wsss {importlib.import_module('wsss_kernels').__version__}")
+            print(f"wsss {importlib.import_module('wsss_kernels').__version__}", flush=True)
             return DONE
         if module is None:
             parser.print_help(sys.stderr)
             return WRONG_ARGUMENTS
-        return module.run(arguments)
+        code: int = module.run(arguments)
+        sys.stdout.flush()
+        return code
     except SystemExit as stop:  # argparse has printed why
         return stop.code if isinstance(stop.code, int) else WRONG_ARGUMENTS
     except UsageError as error:
@@ -74,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f'wsss {command} needs {error.name}: pip install "wsss-kernels[{extra}]"', file=sys.stderr)
         return WRONG_ARGUMENTS
+    except BrokenPipeError:  # `| head` has seen enough; nothing is left for the interpreter to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
     except KeyboardInterrupt:
         print(f"wsss {command}: interrupted; the same command continues where it stopped", file=sys.stderr)
         return INTERRUPTED
