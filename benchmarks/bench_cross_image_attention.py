@@ -28,7 +28,7 @@ def _present(batch: int) -> Tensor:
     return present
 
 
-def _inputs(size: Size, entries: int) -> Inputs:
+def memory_inputs(size: Size, entries: int) -> Inputs:
     """entries: a whole memory of 21 classes, or less: all allowed."""
     generator = torch.Generator().manual_seed(0)
     feats = sizes.features(size)
@@ -90,7 +90,7 @@ def _op_case(size: Size, entries: int, aims: tuple[Aim, ...] = (), *, quick: boo
         groups=("memory-attention",),
         size=size,
         channels=1,
-        inputs=lambda size: _inputs(size, entries),
+        inputs=lambda size: memory_inputs(size, entries),
         expected=_expected,
         ways=(
             Way("ours", "ours", _both_ways(_ours)),
@@ -157,7 +157,7 @@ def _module_case(size: Size, entries: int, least: float, *, only_full: bool = Fa
         groups=("memory-attention",),
         size=size,
         channels=1,
-        inputs=lambda size: _inputs(size, entries),
+        inputs=lambda size: memory_inputs(size, entries),
         expected=lambda inputs: _module_way(published, torch.float64)(inputs)(),
         ways=(
             Way("ours", "ours", _module_way(_call), tolerance=3e-5),

@@ -1,4 +1,4 @@
-"""`dense_crf` beside pydensecrf, and `dense_energy_loss` beside a call for every image and class."""
+"""`dense_crf` beside pydensecrf."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from benchmarks.sizes import Size
 HAS_PYDENSECRF = importlib.util.find_spec("pydensecrf") is not None  # pip install pydensecrf2
 VOC = Size("voc 375x500", *sizes.PICTURE)
 COCO = Size("coco 480x640", 480, 640)
-CROP = Size("crop 160x160 batch 4", 160, 160, batch=4)  # a 320x320 training crop at half size
 
 
-def _picture(size: Size) -> Tensor:
+def pictures(size: Size) -> Tensor:
     """A picture with little noise, as photographs have: flat ones and noisy ones differ in their lattice."""
     seeds = range(3, 3 + size.batch)
     pictures = [sizes.picture((size.height, size.width), seed).float() for seed in seeds]
@@ -30,7 +29,7 @@ def _picture(size: Size) -> Tensor:
     return smooth.round().to(torch.uint8)
 
 
-def _probs(size: Size, labels: int) -> Tensor:
+def probabilities(size: Size, labels: int) -> Tensor:
     return (4 * sizes.maps(size, labels)).softmax(1)
 
 
@@ -59,7 +58,7 @@ def _pydensecrf(inputs: Inputs) -> Callable[[], Tensor]:
 
 def _crf(size: Size, labels: int, least: float, *, quick: bool = False) -> Case:
     def inputs(size: Size) -> Inputs:
-        return {"image": _picture(size), "unary": wk.unary_from_probabilities(_probs(size, labels))}
+        return {"image": pictures(size), "unary": wk.unary_from_probabilities(probabilities(size, labels))}
 
     peers = (Way("pydensecrf", "published", _pydensecrf, tolerance=1e-3, compare=_wrong_labels),)
     return Case(
@@ -75,41 +74,6 @@ def _crf(size: Size, labels: int, least: float, *, quick: bool = False) -> Case:
             *(peers if HAS_PYDENSECRF else ()),
         ),
         aims=(Aim("pydensecrf", "ratio", least=least),) if HAS_PYDENSECRF else (),
-        quick=quick,
-    )
-
-
-def _loss_and_gradient(inputs: Inputs, loss: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    probs = inputs["probs"].to(dtype).requires_grad_()
-    value = loss(inputs["image"], probs, sigma_xy=50.0)
-    return value.detach(), *torch.autograd.grad(value, probs)
-
-
-def _by_image_and_class(image: Tensor, probs: Tensor, sigma_xy: float) -> Tensor:
-    total = probs.new_zeros(())
-    for picture, planes in zip(image.split(1), probs.split(1), strict=True):
-        for plane in planes.split(1, dim=1):
-            total = total + wk.dense_energy_loss(picture, plane, sigma_xy=sigma_xy)
-    return total / len(image)
-
-
-def _energy(size: Size, labels: int, *, quick: bool = False) -> Case:
-    def way(name: str, kind: str, loss: Callable[..., Tensor]) -> Way:
-        return Way(name, kind, lambda i: lambda: _loss_and_gradient(i, loss, torch.float32), tolerance=1e-4)
-
-    return Case(
-        name=f"dense_energy_loss, forward + backward {labels} labels {size.name}",
-        op="dense_energy_loss",
-        groups=("crf",),
-        size=size,
-        channels=labels,
-        inputs=lambda size: {"image": _picture(size), "probs": _probs(size, labels)},
-        expected=lambda i: _loss_and_gradient(i, wk.reference.dense_energy_loss, torch.float64),
-        ways=(
-            way("ours", "ours", wk.dense_energy_loss),
-            way("a call for every image and class", "library", _by_image_and_class),
-        ),
-        aims=(Aim("a call for every image and class", "ratio", least=4),),
         quick=quick,
     )
 
@@ -132,31 +96,16 @@ def _gpu_crf(size: Size, labels: int) -> Case:
     return replace(case, ways=ways, aims=())
 
 
-def _gpu_energy(size: Size, labels: int) -> Case:
-    def on_the_cpu(image: Tensor, probs: Tensor, sigma_xy: float) -> Tensor:
-        return wk.dense_energy_loss(image.cpu(), probs.cpu(), sigma_xy=sigma_xy).to(probs.device)
-
-    case = _energy(size, labels)
-    others = {"PyTorch": wk.reference.dense_energy_loss, "ours, on the CPU": on_the_cpu}
-    ways = [
-        Way(name, "library", lambda i, loss=loss: lambda: _loss_and_gradient(i, loss, torch.float32), tolerance=1e-4)
-        for name, loss in others.items()
-    ]
-    return replace(case, ways=(case.ways[0], *ways), aims=())
-
-
 CASES: list[Case] = [
     _crf(VOC, 3, 3, quick=True),
     _crf(VOC, 21, 4),
     _crf(COCO, 81, 5),
-    _energy(CROP, 21, quick=True),
 ]
 GPU_CASES: list[Case] = [
     _gpu_crf(VOC, 3),
     _gpu_crf(VOC, 21),
     _gpu_crf(sizes.batched(VOC, 8), 21),
     _gpu_crf(COCO, 81),
-    _gpu_energy(CROP, 21),
 ]
 
 

@@ -20,6 +20,9 @@ const BoundaryKernels& kernels() { return WSSS_CHOOSE_ISA(boundary_kernels); }
 // Steps of paths a thread should have to take: some tens of microseconds.
 constexpr double kStepsPerThread = 3e5;
 
+// Results from here on leave the second-level cache before they are read again.
+constexpr size_t kStreamedBytes = size_t(8) << 20;
+
 struct Bands {
   int64_t an_image, all;
   explicit Bands(const BoundaryShape& shape)
@@ -35,16 +38,6 @@ struct Band {
         y_end(int(std::min<int64_t>(y + kBandRows, shape.height))) {}
 };
 
-// body(tile) for the tiles of a band.
-template <class Body>
-void for_tiles(const Band& band, int width, Body&& body) {
-  for (int y = band.y; y < band.y_end; y += kPathTileRows) {
-    for (int x = 0; x < width; x += kPathTileColumns) {
-      body(BoundaryTile{y, std::min(y + kPathTileRows, band.y_end), x, std::min(x + kPathTileColumns, width)});
-    }
-  }
-}
-
 double work(const BoundaryShape& shape, const PathTree& tree) {
   return double(shape.batch) * double(shape.height) * double(shape.width) * tree.steps;
 }
@@ -58,22 +51,20 @@ void boundary_affinity_cpu(const float* boundary, float* out, BoundaryShape shap
   const ptrdiff_t line = boundary_line(shape.width);
   const PathTreeMaker maker(radius, line);
   const PathTree tree = maker.tree();
-  const BoundaryProblem problem{int(shape.height), int(shape.width), radius, &hood, &tree};
+  const size_t bytes = shape.batch * hood.count * plane * sizeof(float);
+  const bool stream = bytes >= kStreamedBytes && uintptr_t(out) % 64 == 0 && shape.width * sizeof(float) % 64 == 0;
+  const BoundaryProblem problem{int(shape.height), int(shape.width), radius, ptrdiff_t(plane), stream, &hood, &tree};
   const Bands bands(shape);
   threads = worthwhile_threads(usable_threads(threads), work(shape, tree), kStepsPerThread);
-  const size_t packed = (kBandRows + radius - 1) * size_t(line), pairs_size = size_t(hood.count) * kPathTileGap;
+  const size_t packed = (kBandRows + radius - 1) * size_t(line);
   const Buffer<int32_t> keys(packed * threads);
-  const Buffer<float> pairs(pairs_size * threads);
-  expect_writes(out, shape.batch * hood.count * plane * sizeof(float));
+  expect_writes(out, bytes);
   parallel(threads, [&](const Team& team) {
     int32_t* const mine = keys.get() + packed * team.thread;
     for (int64_t i = team.begin(bands.all); i < team.end(bands.all); ++i) {
       const Band band(i, bands, shape);
       kernels().pack(problem, boundary + band.image * plane, mine, band.y, band.y_end);
-      for_tiles(band, problem.width, [&](const BoundaryTile& tile) {
-        kernels().forward_tile(problem, tile, mine + (tile.y - band.y) * line, out + band.image * hood.count * plane,
-                               pairs.get() + pairs_size * team.thread);
-      });
+      kernels().forward(problem, mine, band.y, band.y_end, out + band.image * hood.count * plane);
     }
   });
 }
@@ -90,14 +81,13 @@ void boundary_affinity_backward_cpu(const float* grad, const float* boundary, fl
   const ptrdiff_t line = boundary_line(shape.width);
   const PathTreeMaker maker(radius, line);
   const PathTree tree = maker.tree();
-  const BoundaryProblem problem{int(shape.height), int(shape.width), radius, &hood, &tree};
+  const BoundaryProblem problem{int(shape.height), int(shape.width), radius, ptrdiff_t(plane), false, &hood, &tree};
   const Bands bands(shape);
   threads = worthwhile_threads(usable_threads(threads), work(shape, tree), kStepsPerThread);
   // Every band adds up the rows it reaches by itself; then a row of the result takes its bands in their order.
-  const size_t reached = (kBandRows + radius - 1) * size_t(line), by_point = size_t(tree.point_count) * kPointLine,
-               pairs_size = size_t(hood.count) * kPathTileGap;
+  const size_t reached = (kBandRows + radius - 1) * size_t(line), by_point = size_t(tree.point_count) * kPointLine;
   const Buffer<int32_t> keys(reached * threads);
-  const Buffer<float> pairs(pairs_size * threads), points(by_point * threads), sums(reached * bands.all);
+  const Buffer<float> points(by_point * threads), sums(reached * bands.all);
   parallel(threads, [&](const Team& team) {
     int32_t* const my_keys = keys.get() + reached * team.thread;
     float* const my_points = points.get() + by_point * team.thread;
@@ -107,11 +97,8 @@ void boundary_affinity_backward_cpu(const float* grad, const float* boundary, fl
       float* const band_sums = sums.get() + reached * i;
       std::memset(band_sums, 0, reached * sizeof(float));
       kernels().pack(problem, boundary + band.image * plane, my_keys, band.y, band.y_end);
-      for_tiles(band, problem.width, [&](const BoundaryTile& tile) {
-        const ptrdiff_t at = (tile.y - band.y) * line;
-        kernels().backward_tile(problem, tile, my_keys + at, grad + band.image * hood.count * plane,
-                                pairs.get() + pairs_size * team.thread, my_points, band_sums + at);
-      });
+      kernels().backward(problem, my_keys, band.y, band.y_end, grad + band.image * hood.count * plane, my_points,
+                         band_sums);
     }
     team.barrier();
     const int64_t rows = shape.batch * shape.height;

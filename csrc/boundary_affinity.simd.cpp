@@ -20,12 +20,28 @@ WSSS_ALWAYS_INLINE VecInt column() {
   return load(lanes);
 }
 
-// v where the neighbour dx away from columns x, x + 1, ... is inside, else 0.
-WSSS_ALWAYS_INLINE V inside(V v, int x, int dx, int width) {
-  if (x + dx >= 0 && x + n + dx <= width) return v;
-  const VecInt there = column() + (x + dx);
-  return (there >= 0) & (there < width) ? v : V{};
+// v where columns x, x + 1, ... are in [0, width), else 0.
+WSSS_ALWAYS_INLINE V inside(V v, int x, int width) {
+  typedef uint32_t VecUnsigned __attribute__((vector_size(WSSS_VECTOR_BYTES)));
+  return (VecUnsigned)(column() + x) < uint32_t(width) ? v : V{};
 }
+
+// Which lanes, in as little memory as the instruction set allows.
+#if defined(__AVX512F__)
+typedef __mmask16 Lanes;
+WSSS_ALWAYS_INLINE Lanes at_least(VecInt a, VecInt b) { return _mm512_cmpge_epi32_mask((__m512i)a, (__m512i)b); }
+WSSS_ALWAYS_INLINE V add_where(V sum, V v, Lanes lanes) {
+  return (V)_mm512_mask_add_ps((__m512)sum, lanes, (__m512)sum, (__m512)v);
+}
+WSSS_ALWAYS_INLINE V zero_where(V v, Lanes lanes) {
+  return (V)_mm512_mask_mov_ps((__m512)v, lanes, _mm512_setzero_ps());
+}
+#else
+typedef VecInt Lanes;
+WSSS_ALWAYS_INLINE Lanes at_least(VecInt a, VecInt b) { return a >= b; }
+WSSS_ALWAYS_INLINE V add_where(V sum, V v, Lanes lanes) { return sum + (V)((VecInt)v & lanes); }
+WSSS_ALWAYS_INLINE V zero_where(V v, Lanes lanes) { return (V)((VecInt)v & ~lanes); }
+#endif
 
 void pack(const BoundaryProblem& problem, const float* boundary, int32_t* keys, int y, int y_end) {
   const int width = problem.width;
@@ -38,9 +54,11 @@ void pack(const BoundaryProblem& problem, const float* boundary, int32_t* keys, 
   }
 }
 
-// One row's pairs [K][kPathTileGap] from keys of its packed row, whether or not their neighbour is inside.
+// Up to G vectors of the pairs [K, H, W] that begin at pixel (y, x), the out it points to, from keys of that pixel.
 template <int G>
-WSSS_ALWAYS_INLINE void forward_group(const PathTree& tree, const int32_t* keys, float* pairs) {
+WSSS_ALWAYS_INLINE void forward_group(const BoundaryProblem& problem, int x, int links, const int32_t* keys,
+                                      float* out) {
+  const PathTree& tree = *problem.tree;
   VecInt at_fork[kMaxPathDepth][G], m[G];
   unroll<0, G>([&](auto g) __attribute__((always_inline)) { at_fork[0][g] = load(keys + g * n); });
   for (int b = 0; b < tree.branch_count; ++b) {
@@ -56,17 +74,31 @@ WSSS_ALWAYS_INLINE void forward_group(const PathTree& tree, const int32_t* keys,
         unroll<0, G>([&](auto g) __attribute__((always_inline)) { at_fork[step->depth][g] = m[g]; });
       }
       if (step->link >= 0) {
-        float* const pair = pairs + step->link * kPathTileGap;
-        unroll<0, G>([&](auto g) __attribute__((always_inline)) { store(pair + g * n, 1.0f - from_key(m[g])); });
+        const int there = x + step->dx, width = step->link < links ? problem.width : 0;
+        float* const pair = out + step->link * problem.plane;
+        unroll<0, G>([&](auto g) __attribute__((always_inline)) {
+          const V value = inside(1.0f - from_key(m[g]), there + g * n, width);
+          if (problem.stream) {
+            stream(pair + g * n, value);
+          } else if (g < G - 1) {
+            store(pair + g * n, value);
+          } else {
+            store_some(pair + g * n, value, problem.width - x - g * n);
+          }
+        });
       }
     }
   }
 }
 
-// Gradients of one row's pairs [K][kPathTileGap], 0 where there is none, to the points they belong to.
+// Gradients of the pairs of forward_group to the points they belong to. They lie in as many planes as there are pairs,
+// where no processor sees by itself what is read next.
 template <int G>
-WSSS_ALWAYS_INLINE void backward_group(const PathTree& tree, const int32_t* keys, const float* pairs, float* points) {
-  VecInt here[kMaxPathDepth][G], at_fork[kMaxPathDepth][G], m[G];  // here: whether a step's point is its maximum
+WSSS_ALWAYS_INLINE void backward_group(const BoundaryProblem& problem, int x, int links, const int32_t* keys,
+                                       const float* grad, float* points) {
+  const PathTree& tree = *problem.tree;
+  VecInt at_fork[kMaxPathDepth][G], m[G];
+  Lanes here[kMaxPathDepth][G];          // where a step's point is its maximum
   V waiting[kMaxPathDepth][G], flow[G];  // gradients of maxima: those that wait at a fork, those on their way up
   unroll<0, G>([&](auto g) __attribute__((always_inline)) { at_fork[0][g] = load(keys + g * n); });
   for (int b = 0; b < tree.branch_count; ++b) {
@@ -77,7 +109,7 @@ WSSS_ALWAYS_INLINE void backward_group(const PathTree& tree, const int32_t* keys
     for (; step < end; ++step) {
       unroll<0, G>([&](auto g) __attribute__((always_inline)) {
         const VecInt key = load(keys + step->at + g * n);
-        here[step->depth][g] = key >= m[g];
+        here[step->depth][g] = at_least(key, m[g]);
         m[g] = key > m[g] ? key : m[g];
       });
       if (step->forks) {
@@ -93,13 +125,20 @@ WSSS_ALWAYS_INLINE void backward_group(const PathTree& tree, const int32_t* keys
         unroll<0, G>([&](auto g) __attribute__((always_inline)) { flow[g] += waiting[depth][g]; });
       }
       if (step->link >= 0) {
-        const float* const pair = pairs + step->link * kPathTileGap;
-        unroll<0, G>([&](auto g) __attribute__((always_inline)) { flow[g] += load(pair + g * n); });
+        const int there = x + step->dx, width = step->link < links ? problem.width : 0;
+        const float* const pair = grad + step->link * problem.plane;
+        const float* const soon = grad + step->soon * problem.plane;
+        unroll<0, G>([&](auto g) __attribute__((always_inline)) {
+          __builtin_prefetch(soon + g * n);
+          __builtin_prefetch(pair + (G + g) * n, 0, 2);  // the next group's
+          const V v = g < G - 1 ? load(pair + g * n) : load_some(pair + g * n, problem.width - x - g * n);
+          flow[g] += inside(v, there + g * n, width);
+        });
       }
       float* const point = points + step->point * ptrdiff_t(kPointLine);
       unroll<0, G>([&](auto g) __attribute__((always_inline)) {
-        store(point + g * n, load(point + g * n) + (V)((VecInt)flow[g] & here[depth][g]));
-        flow[g] = (V)((VecInt)flow[g] & ~here[depth][g]);
+        store(point + g * n, add_where(load(point + g * n), flow[g], here[depth][g]));
+        flow[g] = zero_where(flow[g], here[depth][g]);
       });
     }
     unroll<0, G>([&](auto g) __attribute__((always_inline)) {
@@ -128,65 +167,53 @@ WSSS_ALWAYS_INLINE void for_groups(int count, Body&& body) {
   }
 }
 
-// body(pairs of the row, where the row begins in the [K, H, W] array, neighbour k, y, inside) for every pair of a tile,
-// a neighbour at a time: whole rows of one plane after another, since K planes at once thrash every cache.
-template <class Body>
-WSSS_ALWAYS_INLINE void for_pairs(const BoundaryProblem& problem, const BoundaryTile& tile, float* pairs, Body&& body) {
-  const size_t plane = size_t(problem.height) * problem.width;
-  for (int k = 0; k < problem.hood->count; ++k) {
-    for (int y = tile.y; y < tile.y_end; ++y) {
-      body(pairs + k * kPathTileGap + (y - tile.y) * kPathTileColumns, k * plane + size_t(y) * problem.width + tile.x,
-           k, y + problem.hood->dy[k] < problem.height);
-    }
-  }
+// How many neighbours, which come row by row, are in rows a pixel of row y has below it.
+WSSS_ALWAYS_INLINE int links_inside(const BoundaryProblem& problem, int y) {
+  int count = problem.hood->count;
+  while (count > 0 && y + problem.hood->dy[count - 1] >= problem.height) --count;
+  return count;
 }
 
-void forward_tile(const BoundaryProblem& problem, const BoundaryTile& tile, const int32_t* keys, float* out,
-                  float* pairs) {
-  const int columns = tile.x_end - tile.x;
-  for (int y = tile.y; y < tile.y_end; ++y) {
-    const int32_t* const row = keys + (y - tile.y) * boundary_line(problem.width) + kBoundaryMargin + tile.x;
-    for_groups(columns, [&](auto groups, int x) __attribute__((always_inline)) {
-      forward_group<decltype(groups)::value>(*problem.tree, row + x, pairs + (y - tile.y) * kPathTileColumns + x);
+void forward(const BoundaryProblem& problem, const int32_t* keys, int y, int y_end, float* out) {
+  for (; y < y_end; ++y, keys += boundary_line(problem.width)) {
+    const int links = links_inside(problem, y);
+    float* const row = out + size_t(y) * problem.width;
+    for_groups(problem.width, [&](auto groups, int x) __attribute__((always_inline)) {
+      forward_group<decltype(groups)::value>(problem, x, links, keys + kBoundaryMargin + x, row + x);
     });
   }
-  for_pairs(problem, tile, pairs, [&](const float* pair, size_t at, int k, bool exists) __attribute__((always_inline)) {
-    for (int x = 0; x < columns; x += n) {
-      const V value = exists ? inside(load(pair + x), tile.x + x, problem.hood->dx[k], problem.width) : V{};
-      store_some(out + at + x, value, columns - x);
-    }
-  });
+  finish_streaming();
 }
 
-void backward_tile(const BoundaryProblem& problem, const BoundaryTile& tile, const int32_t* keys, const float* grad,
-                   float* pairs, float* points, float* sums) {
+void backward(const BoundaryProblem& problem, const int32_t* keys, int y, int y_end, const float* grad, float* points,
+              float* sums) {
   const PathTree& tree = *problem.tree;
   const ptrdiff_t line = boundary_line(problem.width);
-  const int columns = tile.x_end - tile.x;
-  for_pairs(problem, tile, pairs, [&](float* pair, size_t at, int k, bool exists) __attribute__((always_inline)) {
-    for (int x = 0; x < columns; x += n) {
-      const V g = exists ? load_some(grad + at + x, columns - x) : V{};
-      store(pair + x, inside(g, tile.x + x, problem.hood->dx[k], problem.width));
-    }
-  });
-  const int reach = (columns + 15) / 16 * 16 + kBoundaryMargin;
-  for (int y = tile.y; y < tile.y_end; ++y, keys += line, sums += line) {
-    for_groups(columns, [&](auto groups, int x) __attribute__((always_inline)) {
-      backward_group<decltype(groups)::value>(tree, keys + kBoundaryMargin + tile.x + x,
-                                              pairs + (y - tile.y) * kPathTileColumns + x, points + kPointMargin + x);
-    });
-    for (int first = 0, last = 0; first < tree.point_count; first = last) {
-      while (last < tree.point_count && tree.points[last].dy == tree.points[first].dy) ++last;
-      float* const row = sums + tree.points[first].dy * line + kBoundaryMargin + tile.x;
-      for (int x = -kBoundaryMargin; x < reach; x += n) {
-        V sum = load(row + x);
-        for (int i = first; i < last; ++i) sum += load(points + i * kPointLine + kPointMargin + x - tree.points[i].dx);
-        store(row + x, sum);
+  for (; y < y_end; ++y, keys += line, sums += line) {
+    const int links = links_inside(problem, y);
+    for (int begin = 0; begin < problem.width; begin += kPointColumns) {
+      const int columns = problem.width - begin < kPointColumns ? problem.width - begin : kPointColumns;
+      for_groups(columns, [&](auto groups, int column) __attribute__((always_inline)) {
+        const int x = begin + column;
+        backward_group<decltype(groups)::value>(problem, x, links, keys + kBoundaryMargin + x,
+                                                grad + size_t(y) * problem.width + x, points + kPointMargin + column);
+      });
+      const int reach = (columns + 15) / 16 * 16 + kBoundaryMargin;
+      for (int first = 0, last = 0; first < tree.point_count; first = last) {
+        while (last < tree.point_count && tree.points[last].dy == tree.points[first].dy) ++last;
+        float* const row = sums + tree.points[first].dy * line + kBoundaryMargin + begin;
+        for (int x = -kBoundaryMargin; x < reach; x += n) {
+          V sum = load(row + x);
+          for (int i = first; i < last; ++i) {
+            sum += load(points + i * kPointLine + kPointMargin + x - tree.points[i].dx);
+          }
+          store(row + x, sum);
+        }
       }
-    }
-    const V zero = in_register<float>(V{});  // or the loop becomes a call for every few vectors
-    for (int i = 0; i < tree.point_count; ++i) {
-      for (int x = 0; x < columns; x += n) store(points + i * kPointLine + kPointMargin + x, zero);
+      const V zero = in_register<float>(V{});  // or the loop becomes a call for every few vectors
+      for (int i = 0; i < tree.point_count; ++i) {
+        for (int x = 0; x < columns; x += n) store(points + i * kPointLine + kPointMargin + x, zero);
+      }
     }
   }
 }
@@ -200,7 +227,7 @@ void subtract_rows(float* to, const float* const* rows, int count, int width) {
 }
 
 extern const BoundaryKernels boundary_kernels;
-constexpr BoundaryKernels boundary_kernels = {pack, forward_tile, backward_tile, subtract_rows};
+constexpr BoundaryKernels boundary_kernels = {pack, forward, backward, subtract_rows};
 
 }  // namespace WSSS_ISA
 }  // namespace wsss

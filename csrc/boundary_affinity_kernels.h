@@ -17,23 +17,15 @@ static_assert(kBoundaryMargin >= kMaxRadius - 1);
 // other they are at least a pixel apart across the line, and all lie less than a pixel to either side of it.
 constexpr int kMaxPathDepth = 3 * kMaxRadius;
 
-// A tile's values of all pairs, by neighbour, then row: small enough for the second-level cache, and the gap no power
-// of two.
-constexpr int kPathTileRows = 4;
-constexpr int kPathTileColumns = 128;
-constexpr int kPathTileGap = kPathTileRows * kPathTileColumns + 16;
-static_assert(kBandRows % kPathTileRows == 0);
-
-// Gradients of a tile's row by point: lines of values, zero in the margins.
+// Gradients of some columns of a row by point: lines of values, zero in the margins.
+constexpr int kPointColumns = 128;
 constexpr int kPointMargin = 2 * kBoundaryMargin;
-constexpr int kPointLine = kPathTileColumns + 2 * kPointMargin;
-
-struct BoundaryTile {
-  int y, y_end, x, x_end;  // up to kPathTileRows x kPathTileColumns
-};
+constexpr int kPointLine = kPointColumns + 2 * kPointMargin;
 
 struct BoundaryProblem {
   int height, width, radius;
+  ptrdiff_t plane;
+  bool stream;  // past the caches: every row of the result begins on a cache line, and they could not hold it
   const Neighbourhood* hood;
   const PathTree* tree;  // for rows of boundary_line values
 };
@@ -44,12 +36,12 @@ struct BoundaryKernels {
   // Rows [y, y_end) of an image as integers in the same order, NaN above all, -0 and 0 the same; zeros all round: so
   // far as paths from those rows reach, radius - 1 rows below y_end.
   void (*pack)(const BoundaryProblem&, const float* boundary, int32_t* keys, int y, int y_end);
-  // A tile of the result [K, H, W]; keys points to its first packed row. pairs: K * kPathTileGap values.
-  void (*forward_tile)(const BoundaryProblem&, const BoundaryTile&, const int32_t* keys, float* out, float* pairs);
-  // Adds the gradient's share of the pairs that begin in the tile to sums, rows of boundary_line values whose first is
-  // the tile's. points: as many lines of kPointLine values as the tree has points, all zero, and left so.
-  void (*backward_tile)(const BoundaryProblem&, const BoundaryTile&, const int32_t* keys, const float* grad,
-                        float* pairs, float* points, float* sums);
+  // The result [K, H, W] in rows [y, y_end); keys points to the first of them packed.
+  void (*forward)(const BoundaryProblem&, const int32_t* keys, int y, int y_end, float* out);
+  // Adds the gradient's share of the pairs that begin in those rows to sums, rows of boundary_line values whose first
+  // is y. points: as many lines of kPointLine values as the tree has points, all zero, and left so.
+  void (*backward)(const BoundaryProblem&, const int32_t* keys, int y, int y_end, const float* grad, float* points,
+                   float* sums);
   // to = 0 - the sum of `count` rows, in their order.
   void (*subtract_rows)(float* to, const float* const* rows, int count, int width);
 };

@@ -6,6 +6,8 @@ namespace wsss {
 
 namespace {
 
+constexpr size_t kLinksAhead = 4;  // 100 to 200 ns, what memory takes to answer
+
 bool row_major(PathPoint a, PathPoint b) { return a.dy != b.dy ? a.dy < b.dy : a.dx < b.dx; }
 bool same(PathPoint a, PathPoint b) { return a.dy == b.dy && a.dx == b.dx; }
 
@@ -34,11 +36,20 @@ PathTreeMaker::PathTreeMaker(int radius, ptrdiff_t line) : line_(line) {
   std::sort(points_.begin(), points_.end(), row_major);
   points_.erase(std::unique(points_.begin(), points_.end(), same), points_.end());
   if (!nodes_[0].children.empty()) visit(0, 0);
+  look_ahead();
 }
 
 PathTree PathTreeMaker::tree() const {
   return {down_.data(),          up_.data(),          branches_.data(), points_.data(), int(down_.size()),
           int(branches_.size()), int(points_.size()), index_of({0, 0})};
+}
+
+void PathTreeMaker::look_ahead() {
+  std::vector<PathStep*> ends;
+  for (PathStep& step : up_) {
+    if (step.link >= 0) ends.push_back(&step);
+  }
+  for (size_t i = 0; i < ends.size(); ++i) ends[i]->soon = ends[std::min(i + kLinksAhead, ends.size() - 1)]->link;
 }
 
 int PathTreeMaker::index_of(PathPoint point) const {
@@ -72,7 +83,11 @@ void PathTreeMaker::visit(int index, int depth) {
     if (i > 0) end_branch(depth, i == 1);
     if (i > 0 || depth == 0) branches_.push_back({int(down_.size()), 0, int(up_.size()), 0, 0, false});
     const Node& child = nodes_[children[i]];
-    const PathStep step{child.point.dy * line_ + child.point.dx, index_of(child.point), child.link, depth + 1,
+    const PathStep step{child.point.dy * line_ + child.point.dx,
+                        index_of(child.point),
+                        child.point.dx,
+                        child.link,
+                        depth + 1,
                         child.children.size() > 1};
     down_.push_back(step);
     visit(children[i], depth + 1);

@@ -23,6 +23,7 @@ class PathTreeMaker {
   void add_paths(const Neighbourhood& hood);
   void visit(int node, int depth);
   void end_branch(int stop, bool first);
+  void look_ahead();
   int index_of(PathPoint point) const;
 
   ptrdiff_t line_;

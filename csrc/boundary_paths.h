@@ -11,11 +11,13 @@
 namespace wsss {
 
 struct PathStep {
-  ptrdiff_t at;   // of its point, from the pixel, in a map with rows of `line` values
-  int32_t point;  // index into PathTree::points
-  int32_t link;   // the neighbour whose path ends here, or -1
-  int32_t depth;  // steps from the pixel; the pixel's own is 0
-  bool forks;     // several steps continue from here
+  ptrdiff_t at;       // of its point, from the pixel, in a map with rows of `line` values
+  int32_t point;      // index into PathTree::points
+  int32_t dx;         // of its point
+  int32_t link;       // the neighbour whose path ends here, or -1
+  int32_t depth;      // steps from the pixel; the pixel's own is 0
+  bool forks;         // several steps continue from here
+  int32_t soon = -1;  // up, where link >= 0: the link some of them later
 };
 
 struct PathBranch {

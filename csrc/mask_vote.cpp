@@ -181,6 +181,10 @@ void mask_vote_cpu(const float* maps, const uint8_t* masks, float* out, VoteShap
   const Buffer<double> sums(maximum ? 0 : parts * voices * kVoteLanes);
   const Buffer<float> peaks(maximum ? parts * voices : 0), scores(voices), votes(int64_t(kBand) * threads);
   std::vector<int> sizes(parts * masks_count);
+  struct Span {
+    int begin, end;
+  };
+  std::vector<Span> spans(bands * masks_count);  // of a mask's pixels in a band: most masks reach into few
   expect_writes(out, sizeof(float) * pixels * channels);
   parallel(threads, [&](const Team& team) {
     const int64_t tasks = parts * masks_count;  // a part of the picture at a time: its maps stay in the cache
@@ -196,6 +200,11 @@ void mask_vote_cpu(const float* maps, const uint8_t* masks, float* out, VoteShap
       for (int x = kernels().find_set(set, begin, end); x < end;) {
         const Run run[2] = {{x, 0}, {kernels().find_clear(set, x, end), 0}};
         sizes[task] += run[1].begin - x;
+        for (int band = x / kBand; band <= (run[1].begin - 1) / kBand; ++band) {
+          Span& span = spans[band * masks_count + mask];
+          if (span.end == 0) span.begin = std::max(x, band * kBand);
+          span.end = std::min(run[1].begin, band_end(band, pixels));
+        }
         for (int64_t c = 0; c < channels; ++c) {
           if (maximum) {
             kernels().max_runs(maps + c * pixels, run, 1, peaks.get() + first + c);
@@ -228,14 +237,15 @@ void mask_vote_cpu(const float* maps, const uint8_t* masks, float* out, VoteShap
       std::fill_n(own_votes, count, 0.0f);
       for (int64_t c = 0; c < channels; ++c) std::fill_n(out + c * pixels + begin, count, maximum ? lowest : 0.0f);
       for (int64_t mask = 0; mask < masks_count; ++mask) {
-        const uint8_t* const set = masks + mask * pixels + begin;
-        for (int x = kernels().find_set(set, 0, count); x < count;) {
-          const int end = kernels().find_clear(set, x, count);
-          kernels().count_votes(own_votes, x, end);
+        const uint8_t* const set = masks + mask * pixels;
+        const Span span = spans[band * masks_count + mask];
+        for (int x = span.begin; x < span.end;) {
+          const int end = kernels().find_clear(set, x, span.end);
+          kernels().count_votes(own_votes, x - begin, end - begin);
           for (int64_t c = 0; c < channels; ++c) {
-            kernels().vote(out + c * pixels + begin, x, end, scores.get()[mask * channels + c], maximum);
+            kernels().vote(out + c * pixels, x, end, scores.get()[mask * channels + c], maximum);
           }
-          x = kernels().find_set(set, end, count);
+          x = kernels().find_set(set, end, span.end);
         }
       }
       for (int64_t c = 0; c < channels; ++c) {

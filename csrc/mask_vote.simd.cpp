@@ -31,13 +31,19 @@ int find_runs64(const int64_t* ids, int begin, int end, Run* runs, int64_t* run_
   return find_runs(ids, begin, end, runs, run_ids);
 }
 
-// Eight mask bytes a step: masks are large and mostly empty or full. Any byte but 0 is set.
+// Many mask bytes a step: masks are large and mostly empty or full. Any byte but 0 is set.
 template <bool Set>
 WSSS_ALWAYS_INLINE int skip(const uint8_t* mask, int begin, int end) {
+  constexpr uint64_t whole = Set ? 0x0101010101010101u : 0u;
+  for (; begin + 32 <= end; begin += 32) {
+    uint64_t words[4];
+    std::memcpy(words, mask + begin, sizeof words);
+    if ((words[0] ^ whole) | (words[1] ^ whole) | (words[2] ^ whole) | (words[3] ^ whole)) break;
+  }
   for (; begin + 8 <= end; begin += 8) {
     uint64_t word;
     std::memcpy(&word, mask + begin, sizeof word);
-    if (word != (Set ? 0x0101010101010101u : 0u)) break;
+    if (word != whole) break;
   }
   while (begin < end && (mask[begin] != 0) == Set) ++begin;
   return begin;

@@ -46,6 +46,19 @@ def picture(batch: int, height: int, width: int) -> Tensor:
     return (60 * labels(batch, height, width)[:, None] + 40 * rand(batch, 3, height, width, seed=6)).byte()
 
 
+def smooth_picture(batch: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Smooth regions with edges and some noise, uint8."""
+    generator = torch.Generator().manual_seed(seed)
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    colours = torch.rand(batch, 3, 3, generator=generator) * 255
+    region = ((x + 2 * y > 0.9 * width).long() + (x * x + y * y < 0.3 * width * width).long())[None].expand(
+        batch, -1, -1
+    )
+    image = torch.gather(colours, 2, region.flatten(1)[:, None].expand(-1, 3, -1)).view(batch, 3, height, width)
+    image = image + 0.3 * x + 6 * torch.randn(batch, 3, height, width, generator=generator)
+    return image.clamp(0, 255).round().byte()
+
+
 def affinity_loss(b: int, h: int, w: int, dtype: torch.dtype) -> list[Tensor]:
     x = leaf(b, len(wk.neighbour_offsets(5)), h, w, seed=1, dtype=dtype)
     return both_ways(wk.affinity_loss(x, labels(b, h, w), border="full"), [x])

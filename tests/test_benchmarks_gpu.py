@@ -90,10 +90,7 @@ def test_the_sizes_that_matter_are_there():
             assert f"walk {size} batch {batch} C=3" in CASES
             assert CASES[f"affinity {size} batch {batch}"].size.dim == 448
     assert CASES["affinity, forward + backward crop 56x56 batch 8"].size.batch == 8
-    losses_without_rows = {
-        "affinity_loss_from_features",
-        "attention_entropy",
-    }  # in affinity_loss's, cross_image_attention's
+    losses_without_rows = {"affinity_loss_from_features"}  # in affinity_loss's
     assert {case.op for case in CASES.values()} >= set(info()["ops"]) - losses_without_rows | {"refine_cams"}
 
 

@@ -117,6 +117,13 @@ def test_against_oracle(wk, shape, radius, assert_close, nan_filled):
     assert_close(reference.boundary_affinity(boundary, radius), expected)
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("width", [144, 143])
+def test_a_result_larger_than_a_cache(width, assert_close, nan_filled):
+    boundary = rand(1, 1, 101, width)  # 8.4 MiB, which is written past the caches where rows begin on a cache line
+    assert_close(wk.boundary_affinity(boundary, 10), reference.boundary_affinity(boundary.double(), 10))
+
+
 @pytest.mark.parametrize("radius", range(1, 17))
 def test_every_radius(wk, radius, assert_close, nan_filled):
     for size in ((19, 37), (3, 5)):

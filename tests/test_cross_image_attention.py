@@ -1,4 +1,4 @@
-"""cross_image_attention and attention_entropy: against the float64 reference, by hand, and their contract."""
+"""cross_image_attention: against the float64 reference, by hand, and their contract."""
 
 import math
 
@@ -83,22 +83,6 @@ def test_forward_and_gradients_against_float64(shape, options):
         assert error(x.grad, y.grad) < 1e-5
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_entropy_against_float64(shape):
-    query, keys, _, mask = scene(*shape)
-    ours = [x.clone().requires_grad_() for x in (query, keys)]
-    right = [x.double().requires_grad_() for x in (query, keys)]
-    found = wk.attention_entropy(*ours, mask=mask, scale=0.4)
-    expected = reference.attention_entropy(*right, mask=mask, scale=0.4)
-    assert error(found, expected.detach()) < 1e-5
-    found.backward()
-    expected.backward()
-    for x, y in zip(ours, right, strict=True):
-        assert (x.grad - y.grad).abs().max() <= 1e-5 * y.grad.abs().max() + 1e-9
-    with_values = wk.cross_image_attention(query, keys, keys, mask=mask, scale=0.4, return_entropy=True)[1]
-    assert torch.equal(with_values, found.detach())
-
-
 def test_by_hand(device):
     query = torch.tensor([[[[1.0, 0.0]]]], device=device)
     keys = torch.tensor([[[math.log(2.0), 5.0], [0.0, -3.0], [math.log(5.0), 9.0]]], device=device)
@@ -132,8 +116,6 @@ def test_gradcheck_of_the_reference():
         return wk.cross_image_attention(*tensors, mask=mask, top_k=3, threshold=0.05, return_entropy=True)
 
     assert torch.autograd.gradcheck(attend, tensors)
-    assert torch.autograd.gradcheck(lambda q, k: wk.attention_entropy(q, k, mask=mask), tensors[:2])
-    assert torch.autograd.gradgradcheck(lambda q, k: wk.attention_entropy(q, k, mask=mask), tensors[:2])
 
 
 def test_nothing_allowed_gives_zeros_and_no_gradient():
@@ -225,7 +207,6 @@ def test_half_precision(dtype, tolerance):
     out, entropy = wk.cross_image_attention(*tensors, mask=mask, return_entropy=True)
     expected, _ = reference.cross_image_attention(*right, mask=mask, return_entropy=True)
     assert out.dtype == entropy.dtype == dtype and error(out, expected.detach()) < tolerance
-    assert wk.attention_entropy(query, keys).dtype == dtype
     out.sum().backward()
     expected.sum().backward()
     for x, y in zip(tensors, right, strict=True):
@@ -270,12 +251,11 @@ def test_opcheck_and_compile():
     tensors = [x.requires_grad_() for x in (query, keys, values)]
     op = torch.ops.wsss_kernels.cross_image_attention
     torch.library.opcheck(op, (*tensors, mask, 0.0, 0, 0.0, True))
-    torch.library.opcheck(torch.ops.wsss_kernels.attention_entropy, (*tensors[:2], mask, 0.3))
     torch.library.opcheck(op, (*tensors, None, 0.0, 3, 0.1, False))
 
     def attend(q, k, v, m):
         out, entropy = wk.cross_image_attention(q, k, v, mask=m, top_k=5, return_entropy=True)
-        return out, entropy + wk.attention_entropy(q, k)
+        return out, entropy
 
     compiled = torch.compile(attend, fullgraph=True, dynamic=True)
     for size in (9, 13, 20):

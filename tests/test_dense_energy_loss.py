@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import wsss_kernels as wk
+from tests.samples import smooth_picture as picture
 from wsss_kernels import _dispatch, reference
 
 IMAGE, UNARY = torch.zeros(1, 3, 6, 7, dtype=torch.uint8), torch.zeros(1, 2, 6, 7)
@@ -21,19 +22,6 @@ def wk_on_device(wk, device):
     if device.type == "cuda" and not (_dispatch.native and _dispatch.native.cuda_archs):
         pytest.skip("the module was compiled without CUDA, and there are no Triton kernels")
     return wk
-
-
-def picture(batch, height, width, seed=0):
-    """Smooth regions with edges and some noise, uint8."""
-    generator = torch.Generator().manual_seed(seed)
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    colours = torch.rand(batch, 3, 3, generator=generator) * 255
-    region = ((x + 2 * y > 0.9 * width).long() + (x * x + y * y < 0.3 * width * width).long())[None].expand(
-        batch, -1, -1
-    )
-    image = torch.gather(colours, 2, region.flatten(1)[:, None].expand(-1, 3, -1)).view(batch, 3, height, width)
-    image = image + 0.3 * x + 6 * torch.randn(batch, 3, height, width, generator=generator)
-    return image.clamp(0, 255).round().byte()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 70), (65, 1), (2, 3), (32, 64), (33, 64), (32, 65), (0, 5), (5, 0)])

@@ -63,6 +63,25 @@ WSSS_ALWAYS_INLINE void store_some(float* p, Vec<float> v, int count) {
 #endif
 }
 
+// store to whole, aligned vectors past the caches, which spares reading the lines first; other threads see them after
+// finish_streaming.
+WSSS_ALWAYS_INLINE void stream(float* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX__)
+  _mm256_stream_ps(p, (__m256)v);
+#elif defined(__x86_64__)
+  _mm_stream_ps(p, (__m128)v);
+#else
+  store(p, v);
+#endif
+}
+WSSS_ALWAYS_INLINE void finish_streaming() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 WSSS_ALWAYS_INLINE Vec<float> square_root(Vec<float> v) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_maskz_sqrt_ps(__mmask16(-1), (__m512)v);

@@ -146,9 +146,9 @@ def _powers(maps: Tensor, attention: Tensor, scales: Tensor, squarings: int) -> 
     if maps.numel() == 0:
         return maps.clone()
     x, rows, columns = maps.flatten(2), scales[0][:, None], scales[1][:, None]
-    # Multiplications over n^2: forming S is as dear as a few products, each square costs n, a product with S costs a
-    # map one, a product without forming it two.
-    formed = [8 + squares * n + channels * 2 ** (squarings - squares) for squares in range(squarings + 1)]
+    # Multiplications over n^2: forming S, which is all memory, takes as long as products with over a hundred maps, each
+    # square costs n, a product with S costs a map one, a product without forming it two.
+    formed = [128 + squares * n + channels * 2 ** (squarings - squares) for squares in range(squarings + 1)]
     unformed = 2 * channels * 2**squarings
     if unformed <= min(formed):
         for _ in range(2**squarings):
