@@ -339,13 +339,12 @@ class Solver {
       empty_ = std::count(counts_.begin(), counts_.end(), 0);
     }
     team.barrier();
-    for (int64_t chunk = team.begin(chunks_); chunk < team.end(chunks_); ++chunk) {
-      const int64_t d = chunk * kColumns, count = std::min(kColumns, depth_ - d);
-      for (const int64_t i : changed_) {
-        if (last_[i] >= 0) kernels().add_row(row(i) + d, -1, count, sums_.get() + last_[i] * depth_ + d);
-        kernels().add_row(row(i) + d, 1, count, sums_.get() + labels_[i] * depth_ + d);
-      }
+    const int64_t d = team.begin(depth_ / kPadding) * kPadding, count = team.end(depth_ / kPadding) * kPadding - d;
+    for (const int64_t i : changed_) {
+      if (last_[i] >= 0) kernels().add_row(row(i) + d, -1, count, sums_.get() + last_[i] * depth_ + d);
+      kernels().add_row(row(i) + d, 1, count, sums_.get() + labels_[i] * depth_ + d);
     }
+    team.barrier();
   }
 
   // Centers to the means of their rows; -> whether no label changed. shift_: the sum of the squared moves.
