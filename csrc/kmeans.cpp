@@ -44,6 +44,7 @@ class Solver {
         block_sums_(blocks_ * problem.dim),
         centers_(problem.clusters * depth_),
         moved_(problem.clusters * depth_),
+        packed_(std::max(problem.clusters, trials_) * depth_),
         sums_(problem.clusters * depth_),
         mean_(depth_),
         norms_(problem.rows),
@@ -175,26 +176,39 @@ class Solver {
   const float* row(int64_t i) const { return rows_ + i * depth_; }
   float* center(int64_t j) const { return centers_.get() + j * depth_; }
 
-  // body(row numbers, how many, products [rows][vectors]) for the rows of [begin, end) that wanted(row).
-  template <class Wanted, class Body>
-  void for_products(const Team& team, const float* const* others, int64_t vectors, Wanted&& wanted, Body&& body) {
-    float* const partial = work_.get() + work_size_ * team.thread;
-    float* const out = partial + size_t(kRowsAtOnce) * vectors * kPadding;
-    const float* rows[kRowsAtOnce];
-    int64_t numbers[kRowsAtOnce];
-    int count = 0;
-    const int64_t last = team.end(p_.rows);
-    for (int64_t i = team.begin(p_.rows); i <= last; ++i) {
-      if (i < last && wanted(i)) {
-        rows[count] = row(i);
-        numbers[count++] = i;
-      }
-      if (count == kRowsAtOnce || (i == last && count > 0)) {
-        kernels().products(rows, count, others, vectors, depth_, out, partial);
-        for (int r = 0; r < count; ++r) body(numbers[r], out + r * vectors);
-        count = 0;
+  // For the products: kPadding values of every vector, the next kPadding of every vector, ...
+  void pack(const Team& team, const float* const* others, int64_t vectors) {
+    for (int64_t d = team.begin(depth_ / kPadding); d < team.end(depth_ / kPadding); ++d) {
+      for (int64_t j = 0; j < vectors; ++j) {
+        std::copy_n(others[j] + d * kPadding, kPadding, packed_.get() + (d * vectors + j) * kPadding);
       }
     }
+    team.barrier();
+  }
+
+  // body(row number, its products with the packed vectors) for the rows of the thread's share that wanted(row).
+  template <class Wanted, class Body>
+  void for_products(const Team& team, int64_t vectors, Wanted&& wanted, Body&& body) {
+    float* const partial = work_.get() + work_size_ * team.thread;
+    float* const out = partial + size_t(kRowsAtOnce) * vectors * kPadding;
+    const float* rows[2 * kRowsAtOnce];  // the second half is fetched while the first is worked on
+    int64_t numbers[2 * kRowsAtOnce];
+    int count = 0;
+    std::fill_n(rows, 2 * kRowsAtOnce, row(0));
+    const auto take = [&](int taken) {
+      kernels().products(rows, rows + kRowsAtOnce, taken, packed_.get(), vectors, depth_, out, partial);
+      for (int r = 0; r < taken; ++r) body(numbers[r], out + r * vectors);
+      std::copy(rows + taken, rows + count, rows);
+      std::copy(numbers + taken, numbers + count, numbers);
+      count -= taken;
+    };
+    for (int64_t i = team.begin(p_.rows); i < team.end(p_.rows); ++i) {
+      if (!wanted(i)) continue;
+      rows[count] = row(i);
+      numbers[count++] = i;
+      if (count == 2 * kRowsAtOnce) take(kRowsAtOnce);
+    }
+    while (count > 0) take(std::min(count, kRowsAtOnce));
   }
 
   // Greedy k-means++: of a few candidates drawn by their squared distance, the one that leaves the least.
@@ -202,8 +216,9 @@ class Solver {
     const int64_t first = std::min(int64_t(draws[0] * double(p_.rows)), p_.rows - 1);
     std::vector<const float*> others{row(first)};
     std::vector<float> apart;  // squares of the distances between candidates and the centers so far
+    pack(team, others.data(), 1);
     for_products(
-        team, others.data(), 1, [](int64_t) { return true; },
+        team, 1, [](int64_t) { return true; },
         [&](int64_t i, const float* product) {
           upper_[i] = std::max(norms_[i] + norms_[first] - 2 * product[0], 0.0f);
           near_[i] = 0;
@@ -215,6 +230,7 @@ class Solver {
       team.barrier();
       others.clear();
       for (const int64_t candidate : candidates_) others.push_back(row(candidate));
+      pack(team, others.data(), trials_);
       apart.resize(j * trials_);
       for (int64_t t = 0; t < trials_; ++t) {
         for (int64_t c = 0; c < j; ++c) {
@@ -231,7 +247,7 @@ class Solver {
         std::fill_n(&candidate_distances_[i * trials_], trials_, upper_[i]);
         return false;
       };
-      for_products(team, others.data(), trials_, may_be_nearer, [&](int64_t i, const float* product) {
+      for_products(team, trials_, may_be_nearer, [&](int64_t i, const float* product) {
         for (int64_t t = 0; t < trials_; ++t) {
           const float square = std::max(norms_[i] + norms_[candidates_[t]] - 2 * product[t], 0.0f);
           candidate_distances_[i * trials_ + t] = std::min(upper_[i], square);
@@ -281,15 +297,12 @@ class Solver {
   void assign(const Team& team) {
     team.barrier();
     for (int64_t j = team.begin(p_.clusters); j < team.end(p_.clusters); ++j) {
-      float square = 0;
-      const float* const c = center(j);
-      float* const partial = work_.get() + work_size_ * team.thread;
-      kernels().products(&c, 1, &c, 1, depth_, &square, partial);
-      center_norms_[j] = square;
+      center_norms_[j] = float(kernels().square(center(j), depth_));
     }
     team.barrier();
     std::vector<const float*> others(p_.clusters);
     for (int64_t j = 0; j < p_.clusters; ++j) others[j] = center(j);
+    pack(team, others.data(), p_.clusters);
     const float largest = *std::max_element(center_norms_.begin(), center_norms_.end());
     const auto may_change = [&](int64_t i) {
       if (!bounded_) return true;
@@ -302,7 +315,7 @@ class Solver {
       }
       return !(upper < least);
     };
-    for_products(team, others.data(), p_.clusters, may_change, [&](int64_t i, const float* product) {
+    for_products(team, p_.clusters, may_change, [&](int64_t i, const float* product) {
       int64_t label = 0;
       float nearest = kInfinity;
       for (int64_t j = 0; j < p_.clusters; ++j) {
@@ -425,7 +438,7 @@ class Solver {
   const Buffer<float> block_sums_;          // [blocks, D]
   std::unique_ptr<Buffer<float>> copy_;     // [N, depth]
   const float* rows_ = nullptr;             // [N, depth]
-  Buffer<float> centers_, moved_;           // [k, depth]
+  Buffer<float> centers_, moved_, packed_;  // [k, depth]
   const Buffer<double> sums_;               // [k, depth] of the rows by last_
   const Buffer<float> mean_;                // [depth]
   std::vector<float> norms_;                // squares
