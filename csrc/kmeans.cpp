@@ -352,10 +352,20 @@ class Solver {
       empty_ = std::count(counts_.begin(), counts_.end(), 0);
     }
     team.barrier();
-    const int64_t d = team.begin(depth_ / kPadding) * kPadding, count = team.end(depth_ / kPadding) * kPadding - d;
-    for (const int64_t i : changed_) {
-      if (last_[i] >= 0) kernels().add_row(row(i) + d, -1, count, sums_.get() + last_[i] * depth_ + d);
-      kernels().add_row(row(i) + d, 1, count, sums_.get() + labels_[i] * depth_ + d);
+    const int64_t begin = team.begin(depth_ / kPadding) * kPadding, end = team.end(depth_ / kPadding) * kPadding;
+    const int64_t changed = int64_t(changed_.size());
+    const auto later = [&](int64_t c) { return row(changed_[std::min(c + kRowsAtOnce, changed - 1)]); };
+    for (int64_t first = 0; first < changed; first += kRowsAtOnce) {
+      const int64_t last = std::min(first + kRowsAtOnce, changed);
+      for (int64_t c = first; c < last; ++c) kernels().open_pages(later(c) + begin, end - begin);
+      for (int64_t d = begin; d < end; d += kColumns) {
+        const int64_t count = std::min(kColumns, end - d);
+        for (int64_t c = first; c < last; ++c) {
+          const int64_t i = changed_[c], before = last_[i];
+          kernels().move_row(row(i) + d, later(c) + d, count, before >= 0 ? sums_.get() + before * depth_ + d : nullptr,
+                             sums_.get() + labels_[i] * depth_ + d);
+        }
+      }
     }
     team.barrier();
   }
@@ -416,7 +426,7 @@ class Solver {
       for (int64_t j = 0; j < p_.clusters; ++j) {
         if (counts_[j] != 0) continue;
         const int64_t i = far[next++];
-        kernels().add_row(row(i), -1, depth_, sums.get() + labels_[i] * depth_);
+        kernels().move_row(row(i), row(i), depth_, sums.get() + labels_[i] * depth_, nullptr);
         --counts[labels_[i]];
         std::copy_n(row(i), depth_, sums.get() + j * depth_);
         counts[j] = 1;

@@ -54,7 +54,7 @@ double centre_row(const float* from, const float* mean, float* to, int64_t count
 }
 
 // A prefetch into a page whose address is not in the TLB is dropped: a load from each page first.
-WSSS_ALWAYS_INLINE void open_pages(const float* x, int64_t count) {
+void open_pages(const float* x, int64_t count) {
   constexpr int64_t page = 4096 / sizeof(float);
   for (int64_t d = 0; d < count; d += page) {
     [[maybe_unused]] const volatile float opened = static_cast<const volatile float*>(x)[d];
@@ -93,7 +93,7 @@ WSSS_ALWAYS_INLINE void tile(const float* const* rows, const float* const* next,
 template <int R>
 void tiles(const float* const* rows, const float* const* next, const float* packed, int64_t vectors, int64_t begin,
            int64_t end, float* partial) {
-  constexpr int C = WSSS_VECTOR_BYTES == 64 ? 12 : 6;
+  constexpr int C = WSSS_VECTOR_BYTES == 64 ? 5 : 6;
   int64_t j = 0;
   for (; j + C <= vectors; j += C) tile<R, C>(rows, next, packed + j * kPadding, vectors, begin, end, partial + j * n);
   unroll<1, C>([&](auto left) __attribute__((always_inline)) {
@@ -103,13 +103,13 @@ void tiles(const float* const* rows, const float* const* next, const float* pack
 
 void products(const float* const* rows, const float* const* next, int count, const float* packed, int64_t vectors,
               int64_t depth, float* out, float* partial) {
-  constexpr int R = 2;
+  constexpr int R = WSSS_VECTOR_BYTES == 64 ? 4 : 2;
   for (int i = 0; i < count; ++i) open_pages(next[i], depth);
   for (int64_t begin = 0; begin < depth; begin += kDepth) {
     const int64_t end = begin + kDepth < depth ? begin + kDepth : depth;
     int i = 0;
     for (; i + R <= count; i += R) tiles<R>(rows + i, next + i, packed, vectors, begin, end, partial + i * vectors * n);
-    if (i < count) tiles<1>(rows + i, next + i, packed, vectors, begin, end, partial + i * vectors * n);
+    for (; i < count; ++i) tiles<1>(rows + i, next + i, packed, vectors, begin, end, partial + i * vectors * n);
   }
   for (int64_t i = 0; i < count * vectors; ++i) {
     const V v = load(partial + i * n);
@@ -119,12 +119,19 @@ void products(const float* const* rows, const float* const* next, int count, con
   }
 }
 
-void add_row(const float* x, double sign, int64_t count, double* sums) {
+void move_row(const float* x, const float* next, int64_t count, double* from, double* to) {
   constexpr int half = kLanes<double>;
   for (int64_t d = 0; d < count; d += n) {
+    fetch(next + d);
     const Doubles v = widen(load(x + d));
-    store(sums + d, load(sums + d) + sign * v.low);
-    store(sums + d + half, load(sums + d + half) + sign * v.high);
+    if (from) {
+      store(from + d, load(from + d) - v.low);
+      store(from + d + half, load(from + d + half) - v.high);
+    }
+    if (to) {
+      store(to + d, load(to + d) + v.low);
+      store(to + d + half, load(to + d + half) + v.high);
+    }
   }
 }
 
@@ -166,7 +173,7 @@ double square_distance(const float* a, const float* b, int64_t count) {
 }
 
 extern const KMeansKernels kmeans_kernels;
-constexpr KMeansKernels kmeans_kernels = {block_sums,  centre_row, products, add_row,
+constexpr KMeansKernels kmeans_kernels = {block_sums,  centre_row, products, open_pages,     move_row,
                                           move_center, spread,     square,   square_distance};
 
 }  // namespace WSSS_ISA

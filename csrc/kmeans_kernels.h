@@ -20,8 +20,10 @@ struct KMeansKernels {
   // floats.
   void (*products)(const float* const* rows, const float* const* next, int count, const float* packed, int64_t vectors,
                    int64_t depth, float* out, float* partial);
-  // sums += sign * x.
-  void (*add_row)(const float* x, double sign, int64_t count, double* sums);
+  // Before the values are fetched: a prefetch into a page whose address is not at hand is dropped.
+  void (*open_pages)(const float* x, int64_t count);
+  // from -= x, to += x, each unless null; next: values to fetch meanwhile.
+  void (*move_row)(const float* x, const float* next, int64_t count, double* from, double* to);
   // center = sums / rows; -> the square of its move.
   double (*move_center)(const double* sums, double rows, int64_t count, const float* before, float* center);
   // rows * center^2 - 2 sums . center: with the rows' own squares the sum of their squared distances.
