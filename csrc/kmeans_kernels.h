@@ -7,8 +7,7 @@ namespace wsss {
 
 constexpr int kPadding = 16;    // floats: the widest vector
 constexpr int kRowsAtOnce = 8;  // of one call of products
-constexpr int kDepth =
-    256;  // columns taken together: their part of a few packed vectors stays in the first-level cache
+constexpr int kDepth = 256;     // columns taken together: of a few packed vectors they stay in the first-level cache
 
 struct KMeansKernels {
   // sums[d] = x[i][d] over a few rows, `stride` apart, for `count` columns; squares[i] = |x_i|^2.
