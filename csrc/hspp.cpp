@@ -1,6 +1,7 @@
 #include "hspp.h"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -34,24 +35,31 @@ bool made_of(const PyramidLevel& coarse, const PyramidLevel& fine) {
 }
 
 // The maxima of a level from those of one it is made of; of places that tie the first of the plane, as in a scan of it.
+// No branches: no processor foresees which of a few maxima is the largest.
 void merge(const PyramidLevel& fine, const float* values, const int32_t* places, const PyramidLevel& coarse,
            float* merged, int32_t* merged_places) {
+  constexpr int32_t kNowhere = std::numeric_limits<int32_t>::max();
   const int down = coarse.window_rows / fine.window_rows, across = coarse.window_columns / fine.window_columns;
   for (int w = 0; w < coarse.windows(); ++w) {
     const int first = w / coarse.columns * down * fine.columns + w % coarse.columns * across;
     float largest = values[first];
-    int32_t place = places ? places[first] : 0;
     for (int y = 0; y < down; ++y) {
-      for (int i = first + y * fine.columns; i < first + y * fine.columns + across; ++i) {
-        if (places && values[i] == largest) place = std::min(place, places[i]);
-        if (values[i] > largest) {
-          largest = values[i];
-          if (places) place = places[i];
-        }
+      for (int x = 0; x < across; ++x) {
+        const float value = values[first + y * fine.columns + x];
+        largest = value > largest ? value : largest;
       }
     }
     merged[w] = largest;
-    if (places) merged_places[w] = place;
+    if (!places) continue;
+    int32_t place = kNowhere;
+    for (int y = 0; y < down; ++y) {
+      for (int x = 0; x < across; ++x) {
+        const int i = first + y * fine.columns + x;
+        const int32_t elsewhere = int32_t(values[i] >= largest) - 1;  // all bits or none
+        place = std::min(place, (places[i] | elsewhere) & kNowhere);
+      }
+    }
+    merged_places[w] = place == kNowhere ? places[first] : place;  // NaN
   }
 }
 

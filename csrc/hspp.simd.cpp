@@ -56,7 +56,8 @@ WSSS_ALWAYS_INLINE int smallest(VecInt v) {
   }
 }
 
-// Column by column first, with the row that the largest comes from, then across the columns of each window.
+// Column by column first, with the place in the plane that the largest comes from, then across the columns of each
+// window.
 template <bool kPlaces>
 void find_maxima(const float* plane, int width, const PyramidLevel& level, PyramidScratch scratch, float* values,
                  int32_t* places) {
@@ -69,14 +70,14 @@ void find_maxima(const float* plane, int width, const PyramidLevel& level, Pyram
     for (int x = 0; x < width; x += n) {
       const int count = width - x < n ? width - x : n;
       V peak = load_some(rows + x, count);
-      VecInt from{};
+      VecInt from = lane + (band * level.window_rows * width + x);
       for (int y = 1; y < level.window_rows; ++y) {
         const V value = load_some(rows + int64_t(y) * width + x, count);
-        if constexpr (kPlaces) from = value > peak ? y - VecInt{} : from;
+        if constexpr (kPlaces) from = value > peak ? lane + ((band * level.window_rows + y) * width + x) : from;
         peak = larger(value, peak);
       }
       store(scratch.peaks + x, peak);
-      if constexpr (kPlaces) std::memcpy(scratch.rows + x, &from, sizeof from);
+      if constexpr (kPlaces) std::memcpy(scratch.places + x, &from, sizeof from);
     }
     for (int column = 0; column < level.columns; ++column) {
       const int first = column * level.window_columns;
@@ -89,13 +90,12 @@ void find_maxima(const float* plane, int width, const PyramidLevel& level, Pyram
         VecInt place = kNowhere - VecInt{};
         for (int x = 0; x < level.window_columns; x += n) {
           VecInt from;
-          std::memcpy(&from, scratch.rows + first + x, sizeof from);
+          std::memcpy(&from, scratch.places + first + x, sizeof from);
           const VecInt here = (load(scratch.peaks + first + x) == value) & (lane < level.window_columns - x);
-          place = smaller(here ? from * width + lane + x : kNowhere - VecInt{}, place);
+          place = smaller(here ? from : kNowhere - VecInt{}, place);
         }
-        const int offset = smallest(place);
-        const int corner = band * level.window_rows * width + first;
-        *places++ = corner + (offset == kNowhere ? 0 : offset);  // a window of NaN
+        const int found = smallest(place);
+        *places++ = found == kNowhere ? band * level.window_rows * width + first : found;  // a window of NaN
       }
     }
   }

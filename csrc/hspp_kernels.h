@@ -14,7 +14,7 @@ inline constexpr int kPyramidPadding = 16;  // columns that may be read behind t
 // Of width + kPyramidPadding values each.
 struct PyramidScratch {
   float* peaks;
-  int32_t* rows;
+  int32_t* places;
 };
 
 struct PyramidKernels {

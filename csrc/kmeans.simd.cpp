@@ -53,48 +53,63 @@ double centre_row(const float* from, const float* mean, float* to, int64_t count
   return total(square);
 }
 
+// A prefetch into a page whose address is not in the TLB is dropped: a load from each page first.
+void open_pages(const float* x, int64_t count) {
+  constexpr int64_t page = 4096 / sizeof(float);
+  for (int64_t d = 0; d < count; d += page) {
+    [[maybe_unused]] const volatile float opened = static_cast<const volatile float*>(x)[d];
+  }
+}
+WSSS_ALWAYS_INLINE void fetch(const float* x) { __builtin_prefetch(x, 0, 2); }
+
+// packed, partial: of the tile's first vector, of `vectors` in all.
 template <int R, int C>
-WSSS_ALWAYS_INLINE void tile(const float* const* rows, const float* const* others, int64_t begin, int64_t end,
-                             float* partial, int64_t row_stride) {
+WSSS_ALWAYS_INLINE void tile(const float* const* rows, const float* const* next, const float* packed, int64_t vectors,
+                             int64_t begin, int64_t end, float* partial) {
+  const int64_t stride = vectors * n;
   V sum[R * C];
   unroll<0, R>([&](auto i) __attribute__((always_inline)) {
     unroll<0, C>([&](auto j) __attribute__((always_inline)) {
-      sum[i * C + j] = begin == 0 ? V{} : load(partial + i * row_stride + j * n);
+      sum[i * C + j] = begin == 0 ? V{} : load(partial + i * stride + j * n);
     });
   });
-  for (int64_t d = begin; d < end; d += n) {
-    V other[C];
-    unroll<0, C>([&](auto j) __attribute__((always_inline)) { other[j] = load(others[j] + d); });
-    unroll<0, R>([&](auto i) __attribute__((always_inline)) {
-      const V value = load(rows[i] + d);
-      unroll<0, C>([&](auto j) __attribute__((always_inline)) { sum[i * C + j] += value * other[j]; });
+  for (int64_t d = begin; d < end; d += kPadding) {
+    unroll<0, R>([&](auto i) __attribute__((always_inline)) { fetch(next[i] + d); });
+    unroll<0, kPadding / n>([&](auto part) __attribute__((always_inline)) {
+      V value[R];
+      unroll<0, R>([&](auto i)
+                       __attribute__((always_inline)) { value[i] = in_register<float>(load(rows[i] + d + part * n)); });
+      unroll<0, C>([&](auto j) __attribute__((always_inline)) {
+        const V other = in_register<float>(load(packed + d * vectors + j * kPadding + part * n));
+        unroll<0, R>([&](auto i) __attribute__((always_inline)) { sum[i * C + j] += value[i] * other; });
+      });
     });
   }
   unroll<0, R>([&](auto i) __attribute__((always_inline)) {
-    unroll<0, C>([&](auto j)
-                     __attribute__((always_inline)) { store(partial + i * row_stride + j * n, sum[i * C + j]); });
+    unroll<0, C>([&](auto j) __attribute__((always_inline)) { store(partial + i * stride + j * n, sum[i * C + j]); });
   });
 }
 
 template <int R>
-WSSS_ALWAYS_INLINE void tiles(const float* const* rows, const float* const* others, int64_t vectors, int64_t begin,
-                              int64_t end, float* partial) {
-  constexpr int C = WSSS_VECTOR_BYTES == 64 ? 3 : 2;
-  const int64_t stride = vectors * n;
+void tiles(const float* const* rows, const float* const* next, const float* packed, int64_t vectors, int64_t begin,
+           int64_t end, float* partial) {
+  constexpr int C = WSSS_VECTOR_BYTES == 64 ? 5 : 6;
   int64_t j = 0;
-  for (; j + C <= vectors; j += C) tile<R, C>(rows, others + j, begin, end, partial + j * n, stride);
-  for (; j < vectors; ++j) tile<R, 1>(rows, others + j, begin, end, partial + j * n, stride);
+  for (; j + C <= vectors; j += C) tile<R, C>(rows, next, packed + j * kPadding, vectors, begin, end, partial + j * n);
+  unroll<1, C>([&](auto left) __attribute__((always_inline)) {
+    if (left == vectors - j) tile<R, left>(rows, next, packed + j * kPadding, vectors, begin, end, partial + j * n);
+  });
 }
 
-void products(const float* const* rows, int count, const float* const* others, int64_t vectors, int64_t depth,
-              float* out, float* partial) {
-  constexpr int R = WSSS_VECTOR_BYTES == 64 ? 8 : 4;
-  static_assert(kRowsAtOnce % R == 0);
+void products(const float* const* rows, const float* const* next, int count, const float* packed, int64_t vectors,
+              int64_t depth, float* out, float* partial) {
+  constexpr int R = WSSS_VECTOR_BYTES == 64 ? 4 : 2;
+  for (int i = 0; i < count; ++i) open_pages(next[i], depth);
   for (int64_t begin = 0; begin < depth; begin += kDepth) {
     const int64_t end = begin + kDepth < depth ? begin + kDepth : depth;
     int i = 0;
-    for (; i + R <= count; i += R) tiles<R>(rows + i, others, vectors, begin, end, partial + i * vectors * n);
-    for (; i < count; ++i) tiles<1>(rows + i, others, vectors, begin, end, partial + i * vectors * n);
+    for (; i + R <= count; i += R) tiles<R>(rows + i, next + i, packed, vectors, begin, end, partial + i * vectors * n);
+    for (; i < count; ++i) tiles<1>(rows + i, next + i, packed, vectors, begin, end, partial + i * vectors * n);
   }
   for (int64_t i = 0; i < count * vectors; ++i) {
     const V v = load(partial + i * n);
@@ -104,12 +119,19 @@ void products(const float* const* rows, int count, const float* const* others, i
   }
 }
 
-void add_row(const float* x, double sign, int64_t count, double* sums) {
+void move_row(const float* x, const float* next, int64_t count, double* from, double* to) {
   constexpr int half = kLanes<double>;
   for (int64_t d = 0; d < count; d += n) {
+    fetch(next + d);
     const Doubles v = widen(load(x + d));
-    store(sums + d, load(sums + d) + sign * v.low);
-    store(sums + d + half, load(sums + d + half) + sign * v.high);
+    if (from) {
+      store(from + d, load(from + d) - v.low);
+      store(from + d + half, load(from + d + half) - v.high);
+    }
+    if (to) {
+      store(to + d, load(to + d) + v.low);
+      store(to + d + half, load(to + d + half) + v.high);
+    }
   }
 }
 
@@ -130,6 +152,16 @@ double spread(const double* sums, double rows, int64_t count, const float* cente
   return sum;
 }
 
+double square(const float* a, int64_t count) {
+  Vec<double> sum{};
+  for (int64_t d = 0; d < count; d += n) {
+    const V v = load(a + d);
+    const Doubles squares = widen(v * v);
+    sum += squares.low + squares.high;
+  }
+  return total(sum);
+}
+
 double square_distance(const float* a, const float* b, int64_t count) {
   Vec<double> sum{};
   for (int64_t d = 0; d < count; d += n) {
@@ -141,8 +173,8 @@ double square_distance(const float* a, const float* b, int64_t count) {
 }
 
 extern const KMeansKernels kmeans_kernels;
-constexpr KMeansKernels kmeans_kernels = {block_sums,  centre_row, products,       add_row,
-                                          move_center, spread,     square_distance};
+constexpr KMeansKernels kmeans_kernels = {block_sums,  centre_row, products, open_pages,     move_row,
+                                          move_center, spread,     square,   square_distance};
 
 }  // namespace WSSS_ISA
 }  // namespace wsss
