@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from wsss_kernels.colour import average_to
 from wsss_kernels.methods import GUIDE, PRESETS, Reader, Size, Stage, stages_of
 
 NORMALIZATIONS = ("image", "class", None)
+# Batches of a list that take each step together: between two kernels Python's own code has left the caches, and a few
+# lines of it take as long as a hundred.
+_TOGETHER = 16
 
 
 def refine_cams(
@@ -164,11 +168,16 @@ def _refine_list(
         images.append({"cams": cams[i].unsqueeze(0), **image})
         groups.setdefault(tuple(map(_kind, images[i].values())), []).append(i)
     results: dict[int, Tensor] = {}
-    for indices in groups.values():
-        inputs = {name: _joined([images[i][name] for i in indices]) for name in images[indices[0]]}
-        alpha = None if alphas is None else [alphas[i] for i in indices]
-        refined = _refine_batch(inputs.pop("cams"), inputs, alpha, stages, size, normalize)
-        results.update(zip(indices, refined.unbind(), strict=True))
+    shapes = list(groups.values())
+    for first in range(0, len(shapes), _TOGETHER):
+        together = shapes[first : first + _TOGETHER]
+        batches = []
+        for indices in together:
+            inputs = {name: _joined([images[i][name] for i in indices]) for name in images[indices[0]]}
+            alpha = None if alphas is None else [alphas[i] for i in indices]
+            batches.append((inputs.pop("cams"), inputs, alpha))
+        for indices, refined in zip(together, _refine_batches(batches, stages, size, normalize), strict=True):
+            results.update(zip(indices, refined.unbind(), strict=True))
     return [results[i] for i in range(count)]
 
 
@@ -218,18 +227,42 @@ def _refine_tensor(
         cams = cams.unsqueeze(0)
     inputs = {name: reader(name, given[name], single) for name, reader in readers.items()}
     alphas = _per_image(background, len(cams))
-    refined = _refine_batch(cams, inputs, alphas, stages, size, normalize)
+    refined = _refine_batches([(cams, inputs, alphas)], stages, size, normalize)[0]
     return refined[0] if single else refined
 
 
-def _refine_batch(
-    cams: Tensor,
-    inputs: dict[str, Any],
-    alphas: list[float] | None,
+@dataclass
+class _Walked:
+    """A batch on its way through the stages."""
+
+    cams: Tensor
+    inputs: dict[str, Any]
+    target: Size
+    maps: Tensor  # with the background, if there is one, without absent classes where that is known
+    positions: Tensor | None  # see _present
+    present: Tensor | None
+    has_background: bool
+
+
+def _refine_batches(
+    batches: list[tuple[Tensor, dict[str, Any], list[float] | None]],
     stages: list[Stage],
     size: str | Size | None,
     normalize: str | None,
-) -> Tensor:
+) -> list[Tensor]:
+    """Of (cams, inputs, alphas): each step for all batches before the next one."""
+    walked = []
+    for cams, inputs, alphas in batches:
+        walked.append(_begin(cams, inputs, alphas, stages, size))
+    for stage in stages:
+        for batch in walked:
+            batch.maps = _run(stage, batch.maps, batch.inputs[stage.reads], batch.has_background, batch.present)
+    return [_finished(batch, normalize) for batch in walked]
+
+
+def _begin(
+    cams: Tensor, inputs: dict[str, Any], alphas: list[float] | None, stages: list[Stage], size: str | Size | None
+) -> _Walked:
     batch, channels = cams.shape[:2]
     for stage in stages:
         stage.check(stage.reads, inputs[stage.reads])
@@ -246,17 +279,18 @@ def _refine_batch(
             if name != "labels":
                 _check.same_device("cams", cams, name, tensor)
     target = _target_size(size, cams, inputs, stages)
-
     maps = _without_negative(cams if cams.dtype == torch.float64 else cams.float())
     maps, positions, present = _present(maps, labels)
     if alphas is not None:
         maps = torch.cat([_background_map(maps, alphas), maps], dim=1)
-    for stage in stages:
-        maps = _run(stage, maps, inputs[stage.reads], alphas is not None, present)
-    maps = _normalized(_bilinear(maps, target), normalize)
-    if positions is not None:
-        maps = _dense(maps, positions, channels, alphas is not None)
-    return maps.to(cams.dtype)
+    return _Walked(cams, inputs, target, maps, positions, present, alphas is not None)
+
+
+def _finished(batch: _Walked, normalize: str | None) -> Tensor:
+    maps = _normalized(_bilinear(batch.maps, batch.target), normalize)
+    if batch.positions is not None:
+        maps = _dense(maps, batch.positions, batch.cams.shape[1], batch.has_background)
+    return maps.to(batch.cams.dtype)
 
 
 def _batched_labels(name: str, value: Any, single: bool) -> Tensor:
@@ -295,7 +329,7 @@ def _without_negative(maps: Tensor) -> Tensor:
         if least >= 0:
             return maps
         if least < 0:
-            warnings.warn("negative values in cams count as 0 (logits? pass their ReLU)", UserWarning, stacklevel=4)
+            warnings.warn("negative values in cams count as 0 (logits? pass their ReLU)", UserWarning, stacklevel=6)
     return maps.clamp(min=0)
 
 
