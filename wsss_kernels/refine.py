@@ -17,9 +17,9 @@ from wsss_kernels.colour import average_to
 from wsss_kernels.methods import GUIDE, PRESETS, Reader, Size, Stage, stages_of
 
 NORMALIZATIONS = ("image", "class", None)
-# Batches of a list that take each step together: between two kernels Python's own code has left the caches, and a few
-# lines of it take as long as a hundred.
-_TOGETHER = 16
+# Batches of a list that take each step together: kernels find one a thread, and Python's own code, which has left the
+# caches after each, runs in one go.
+_TOGETHER = 32
 
 
 def refine_cams(
@@ -169,8 +169,9 @@ def _refine_list(
         groups.setdefault(tuple(map(_kind, images[i].values())), []).append(i)
     results: dict[int, Tensor] = {}
     shapes = list(groups.values())
-    for first in range(0, len(shapes), _TOGETHER):
-        together = shapes[first : first + _TOGETHER]
+    step = _TOGETHER if all(stage.together for stage in stages) else 1
+    for first in range(0, len(shapes), step):
+        together = shapes[first : first + step]
         batches = []
         for indices in together:
             inputs = {name: _joined([images[i][name] for i in indices]) for name in images[indices[0]]}
@@ -232,7 +233,7 @@ def _refine_tensor(
 
 
 @dataclass
-class _Walked:
+class _Batch:
     """A batch on its way through the stages."""
 
     cams: Tensor
@@ -251,18 +252,17 @@ def _refine_batches(
     normalize: str | None,
 ) -> list[Tensor]:
     """Of (cams, inputs, alphas): each step for all batches before the next one."""
-    walked = []
+    begun = []
     for cams, inputs, alphas in batches:
-        walked.append(_begin(cams, inputs, alphas, stages, size))
+        begun.append(_begin(cams, inputs, alphas, stages, size))
     for stage in stages:
-        for batch in walked:
-            batch.maps = _run(stage, batch.maps, batch.inputs[stage.reads], batch.has_background, batch.present)
-    return [_finished(batch, normalize) for batch in walked]
+        _run(stage, begun)
+    return [_finished(batch, normalize) for batch in begun]
 
 
 def _begin(
     cams: Tensor, inputs: dict[str, Any], alphas: list[float] | None, stages: list[Stage], size: str | Size | None
-) -> _Walked:
+) -> _Batch:
     batch, channels = cams.shape[:2]
     for stage in stages:
         stage.check(stage.reads, inputs[stage.reads])
@@ -283,10 +283,10 @@ def _begin(
     maps, positions, present = _present(maps, labels)
     if alphas is not None:
         maps = torch.cat([_background_map(maps, alphas), maps], dim=1)
-    return _Walked(cams, inputs, target, maps, positions, present, alphas is not None)
+    return _Batch(cams, inputs, target, maps, positions, present, alphas is not None)
 
 
-def _finished(batch: _Walked, normalize: str | None) -> Tensor:
+def _finished(batch: _Batch, normalize: str | None) -> Tensor:
     maps = _normalized(_bilinear(batch.maps, batch.target), normalize)
     if batch.positions is not None:
         maps = _dense(maps, batch.positions, batch.cams.shape[1], batch.has_background)
@@ -374,17 +374,25 @@ def _background_map(maps: Tensor, alphas: list[float]) -> Tensor:
     return (1 - strongest).clamp(min=0) ** exponent
 
 
-def _run(stage: Stage, maps: Tensor, value: Any, has_background: bool, present: Tensor | None) -> Tensor:
-    grid = stage.grid(maps, value, stage.options)
-    maps = _resized(maps, grid)
-    if stage.background is None:
-        return stage.run(maps, value, grid, stage.options)
-    if not has_background:
-        maps = torch.cat([stage.background(maps), maps], dim=1)
-    background, scores = stage.run(maps, value, grid, stage.options).tensor_split([1], dim=1)
-    if present is not None:  # where maps compete, one of zeros wins a share too
-        scores = scores.where(present[:, :, None, None], scores.new_zeros(()))
-    return torch.cat([background, scores], dim=1) if has_background else scores
+def _run(stage: Stage, batches: list[_Batch]) -> None:
+    given = []
+    for batch in batches:
+        value = batch.inputs[stage.reads]
+        grid = stage.grid(batch.maps, value, stage.options)
+        maps = _resized(batch.maps, grid)
+        if stage.background is not None and not batch.has_background:
+            maps = torch.cat([stage.background(maps), maps], dim=1)
+        given.append((maps, value, grid))
+    for batch, maps in zip(batches, stage.run(given, stage.options), strict=True):
+        batch.maps = maps if stage.background is None else _competed(batch, maps)
+
+
+def _competed(batch: _Batch, maps: Tensor) -> Tensor:
+    """Without what the stage added: a background, and shares for maps of zeros."""
+    background, scores = maps.tensor_split([1], dim=1)
+    if batch.present is not None:
+        scores = scores.where(batch.present[:, :, None, None], scores.new_zeros(()))
+    return torch.cat([background, scores], dim=1) if batch.has_background else scores
 
 
 def _resized(maps: Tensor, size: Size) -> Tensor:
