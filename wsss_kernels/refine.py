@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from wsss_kernels import _check
-from wsss_kernels.colour import average_to
+from wsss_kernels import _check, _maps
 from wsss_kernels.methods import GUIDE, PRESETS, Reader, Size, Stage, stages_of
 
 NORMALIZATIONS = ("image", "class", None)
@@ -287,7 +284,7 @@ def _begin(
 
 
 def _finished(batch: _Batch, normalize: str | None) -> Tensor:
-    maps = _normalized(_bilinear(batch.maps, batch.target), normalize)
+    maps = _maps.normalized(_maps.bilinear(batch.maps, batch.target), normalize)
     if batch.positions is not None:
         maps = _dense(maps, batch.positions, batch.cams.shape[1], batch.has_background)
     return maps.to(batch.cams.dtype)
@@ -324,18 +321,13 @@ def _target_size(size: str | Size | None, cams: Tensor, inputs: dict[str, Any], 
 
 
 def _without_negative(maps: Tensor) -> Tensor:
-    if _reads_values(maps) and maps.numel():
+    if _maps.reads_values(maps) and maps.numel():
         least = maps.detach().amin().item()
         if least >= 0:
             return maps
         if least < 0:
             warnings.warn("negative values in cams count as 0 (logits? pass their ReLU)", UserWarning, stacklevel=6)
     return maps.clamp(min=0)
-
-
-def _reads_values(tensor: Tensor) -> bool:
-    """Whether a value can decide what happens next: not where that would wait for a GPU or break a graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _present(maps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -346,7 +338,7 @@ def _present(maps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None
     """
     if labels is None:
         return maps, None, None
-    if not _reads_values(labels):
+    if not _maps.reads_values(labels):
         present = labels.to(maps.device)
         return maps * present[:, :, None, None], None, present
     most = int(labels.sum(dim=1).max()) if labels.numel() else 0
@@ -369,7 +361,7 @@ def _background_map(maps: Tensor, alphas: list[float]) -> Tensor:
     """(1 - max_c cam_c / max(cam_c))^alpha [B, 1, H, W]; a class without any score stays zero."""
     if maps.shape[1] == 0 or maps.numel() == 0:
         return maps.new_ones(maps.shape[0], 1, *maps.shape[-2:])
-    strongest = _scaled(maps, _maximum(maps, (2, 3))).nan_to_num(0, 0).amax(dim=1, keepdim=True)
+    strongest = _maps.scaled(maps, _maps.maximum(maps, (2, 3))).nan_to_num(0, 0).amax(dim=1, keepdim=True)
     exponent = alphas[0] if len(set(alphas)) <= 1 else maps.new_tensor(alphas)[:, None, None, None]
     return (1 - strongest).clamp(min=0) ** exponent
 
@@ -379,7 +371,7 @@ def _run(stage: Stage, batches: list[_Batch]) -> None:
     for batch in batches:
         value = batch.inputs[stage.reads]
         grid = stage.grid(batch.maps, value, stage.options)
-        maps = _resized(batch.maps, grid)
+        maps = _maps.resized(batch.maps, grid)
         if stage.background is not None and not batch.has_background:
             maps = torch.cat([stage.background(maps), maps], dim=1)
         given.append((maps, value, grid))
@@ -393,39 +385,3 @@ def _competed(batch: _Batch, maps: Tensor) -> Tensor:
     if batch.present is not None:
         scores = scores.where(batch.present[:, :, None, None], scores.new_zeros(()))
     return torch.cat([background, scores], dim=1) if batch.has_background else scores
-
-
-def _resized(maps: Tensor, size: Size) -> Tensor:
-    """Area averaging where an axis shrinks, bilinear where it grows."""
-    height, width = maps.shape[-2:]
-    if 0 in maps.shape:
-        return maps.new_zeros(*maps.shape[:2], *size)
-    return _bilinear(average_to(maps, (min(height, size[0]), min(width, size[1]))), size)
-
-
-def _bilinear(maps: Tensor, size: Size) -> Tensor:
-    if tuple(maps.shape[-2:]) == size:
-        return maps
-    if 0 in maps.shape:
-        return maps.new_zeros(*maps.shape[:2], *size)
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
-
-
-def _normalized(maps: Tensor, normalize: str | None) -> Tensor:
-    if normalize is None or maps.numel() == 0:
-        return maps
-    return _scaled(maps, _maximum(maps, (2, 3) if normalize == "class" else (1, 2, 3)))
-
-
-def _maximum(maps: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Largest finite value: NaN and infinity stay in their own class."""
-    if _reads_values(maps):
-        maximum = maps.amax(dim=dims, keepdim=True)
-        if math.isfinite(maximum.detach().sum().item()):
-            return maximum
-    return maps.nan_to_num(0, 0, 0).amax(dim=dims, keepdim=True)
-
-
-def _scaled(maps: Tensor, maximum: Tensor) -> Tensor:
-    """maps / maximum, 0 where that is 0."""
-    return maps / torch.where(maximum > 0, maximum, 1.0)
