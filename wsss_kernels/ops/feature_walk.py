@@ -36,7 +36,9 @@ def feature_walks(
     Small images on the CPU go to a kernel together, one a thread; the results are the same.
     """
     check_radius(radius)
-    together = [i for i, (maps, feats, _) in enumerate(walks) if _goes_together(maps, feats, radius)]
+    together: list[int] = []
+    if len(walks) > 1:
+        together = [i for i, (maps, feats, _) in enumerate(walks) if _goes_together(maps, feats, radius)]
     results: dict[int, Tensor] = {}
     if len(together) > 1 and len(together) >= torch.get_num_threads():
         arguments: tuple[Any, ...] = ()
