@@ -18,6 +18,7 @@
 #include "common/neighbourhood.h"
 #include "cross_image_attention.h"
 #include "dense_crf.h"
+#include "feature_walk.h"
 #include "hspp.h"
 #include "kmeans.h"
 #include "local_affinity.h"
@@ -72,6 +73,19 @@ int64_t kmeans(const std::vector<std::array<Address, 11>>& given, int64_t iterat
                         int64_t(p[6]), at<int64_t>(p[7]), at(p[8]), at<double>(p[9]), at<int64_t>(p[10])});
   }
   return wsss::kmeans_cpu(problems, iterations, tol, threads);
+}
+
+// Walks: feats, maps, out, batch, dim, channels, height, width, steps.
+void feature_walks(const std::vector<std::array<Address, 9>>& given, int radius, bool cosine, double scale,
+                   bool cropped, double beta, int solver, double tol, int threads) {
+  std::vector<wsss::FeatureWalk> walks;
+  for (const auto& w : given) {
+    walks.push_back({at(w[0]), at(w[1]), at(w[2]),
+                     FeatureShape{int64_t(w[3]), int64_t(w[4]), int64_t(w[6]), int64_t(w[7])}, int64_t(w[5]),
+                     int64_t(w[8])});
+  }
+  wsss::feature_walks_cpu(walks, affinity_options(radius, cosine, scale, cropped),
+                          walk_options(radius, beta, 0, solver, tol), threads);
 }
 
 void local_affinity(Address feats, Address out, Address scales, int64_t batch, int64_t dim, int64_t height,
@@ -258,6 +272,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("random_walk", &random_walk, without_gil);
   m.def("random_walk_backward", &random_walk_backward, without_gil);
   m.def("region_boxes", &region_boxes, without_gil);
+  m.def("feature_walks", &feature_walks, without_gil);
   m.def("hspp", &hspp, without_gil);
   m.def("hspp_backward", &hspp_backward, without_gil);
   m.def("soft_histogram", &soft_histogram, without_gil);

@@ -8,24 +8,6 @@ constexpr int n = kLanes<float>;
 using V = Vec<float>;
 static_assert(kPadding % n == 0 && kDepth % kPadding == 0);
 
-// Of n floats, as doubles: two vectors.
-struct Doubles {
-  Vec<double> low, high;
-};
-WSSS_ALWAYS_INLINE Doubles widen(V v) {
-  constexpr int half = kLanes<double>;
-  typedef float Half __attribute__((vector_size(WSSS_VECTOR_BYTES / 2)));
-  Half low, high;
-  std::memcpy(&low, &v, sizeof low);
-  std::memcpy(&high, reinterpret_cast<const float*>(&v) + half, sizeof high);
-  return {__builtin_convertvector(low, Vec<double>), __builtin_convertvector(high, Vec<double>)};
-}
-WSSS_ALWAYS_INLINE double total(Vec<double> v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes<double>; ++i) sum += v[i];
-  return sum;
-}
-
 void block_sums(const float* x, int64_t rows, int64_t stride, int64_t count, float* sums, double* squares) {
   for (int64_t i = 0; i < rows; ++i, x += stride) {
     Vec<double> square{};
@@ -33,10 +15,10 @@ void block_sums(const float* x, int64_t rows, int64_t stride, int64_t count, flo
       const int left = count - d < n ? int(count - d) : n;
       const V v = load_some(x + d, left);
       store_some(sums + d, i == 0 ? v : load_some(sums + d, left) + v, left);
-      const Doubles squared = widen(v * v);
+      const DoublePair squared = widen(v * v);
       square += squared.low + squared.high;
     }
-    squares[i] = total(square);
+    squares[i] = sum_of_lanes(square);
   }
 }
 
@@ -46,11 +28,11 @@ double centre_row(const float* from, const float* mean, float* to, int64_t count
     const int left = count - d < n ? int(count - d) : n;
     const V v = load_some(from + d, left) - load_some(mean + d, left);
     store(to + d, v);
-    const Doubles squares = widen(v * v);
+    const DoublePair squares = widen(v * v);
     square += squares.low + squares.high;
   }
   for (int64_t d = (count + n - 1) / n * n; d % kPadding != 0; d += n) store(to + d, V{});
-  return total(square);
+  return sum_of_lanes(square);
 }
 
 // A prefetch into a page whose address is not in the TLB is dropped: a load from each page first.
@@ -123,7 +105,7 @@ void move_row(const float* x, const float* next, int64_t count, double* from, do
   constexpr int half = kLanes<double>;
   for (int64_t d = 0; d < count; d += n) {
     fetch(next + d);
-    const Doubles v = widen(load(x + d));
+    const DoublePair v = widen(load(x + d));
     if (from) {
       store(from + d, load(from + d) - v.low);
       store(from + d + half, load(from + d + half) - v.high);
@@ -156,7 +138,7 @@ double square(const float* a, int64_t count) {
   Vec<double> sum{};
   for (int64_t d = 0; d < count; d += n) {
     const V v = load(a + d);
-    const Doubles squares = widen(v * v);
+    const DoublePair squares = widen(v * v);
     sum += squares.low + squares.high;
   }
   return total(sum);
@@ -166,10 +148,10 @@ double square_distance(const float* a, const float* b, int64_t count) {
   Vec<double> sum{};
   for (int64_t d = 0; d < count; d += n) {
     const V move = load(a + d) - load(b + d);
-    const Doubles squares = widen(move * move);
+    const DoublePair squares = widen(move * move);
     sum += squares.low + squares.high;
   }
-  return total(sum);
+  return sum_of_lanes(sum);
 }
 
 extern const KMeansKernels kmeans_kernels;

@@ -8,6 +8,7 @@ namespace WSSS_ISA {
 
 constexpr int n = kLanes<float>;
 using V = Vec<float>;
+constexpr int kRowsTogether = WSSS_VECTOR_BYTES == 64 ? 2 : 1;  // as many as the registers hold the sums of
 
 void inverse_norms(const AffinityProblem& problem, const float* feats, float* norms, int begin, int end) {
   const size_t plane = size_t(problem.height) * problem.width;
@@ -52,6 +53,7 @@ WSSS_ALWAYS_INLINE void pack(const AffinityProblem& problem, const AffinityTile&
       if (inside) {
         for (; x < count; x += n) {
           const V v = load_some(row + x, count - x);
+          __builtin_prefetch(row + x + problem.width);  // the next row of this channel, after those of all others
           store(line + x, norms ? v * load_some(norms + at + x, count - x) : v);
         }
       }
@@ -60,61 +62,87 @@ WSSS_ALWAYS_INLINE void pack(const AffinityProblem& problem, const AffinityTile&
   }
 }
 
-// N neighbours side by side, P vectors of pixels: sums over the channels in registers.
-template <AffinityMetric metric, int N, int P>
-WSSS_ALWAYS_INLINE void accumulate(const float* here, const float* there, int depth, float* sums, size_t stride) {
-  V sum[N * P] = {};
+// sum + v. Where there is a fused multiply-add it takes that: |a - b| keeps the adders busy, and the multipliers idle.
+WSSS_ALWAYS_INLINE V add(V sum, V v, V one) {
+#if defined(__FMA__)
+  return sum + v * one;
+#else
+  (void)one;
+  return sum + v;
+#endif
+}
+
+// N neighbours side by side in one row, R rows of P vectors of pixels: sums over the channels in registers. The rows
+// share the neighbours they load, most of which straddle two cache lines.
+template <AffinityMetric metric, int R, int P, int N>
+WSSS_ALWAYS_INLINE void accumulate(const float* here, size_t next_row, const float* there, int depth,
+                                   float* const* sums, size_t stride) {
+  const V one = in_register<float>(splat(1.0f));
+  V sum[N * R * P] = {};
   for (int d = 0; d < depth; ++d, here += kLine, there += kLine) {
-    V centre[P];
-    unroll<0, P>([&](auto p) __attribute__((always_inline)) { centre[p] = load(here + p * n); });
-    unroll<0, N>([&](auto i) __attribute__((always_inline)) {
-      unroll<0, P>([&](auto p) __attribute__((always_inline)) {
-        const V other = load(there + i + p * n);
-        if constexpr (metric == AffinityMetric::kL1) {
-          sum[i * P + p] += abs(centre[p] - other);
-        } else {
-          sum[i * P + p] += centre[p] * other;
-        }
+    V centre[R * P];
+    unroll<0, R * P>([&](auto c) __attribute__((always_inline)) {
+      centre[c] = in_register<float>(load(here + c / P * next_row + c % P * n));
+    });
+    unroll<0, N * P>([&](auto i) __attribute__((always_inline)) {
+      const V other = in_register<float>(load(there + i / P + i % P * n));
+      unroll<0, R>([&](auto r) __attribute__((always_inline)) {
+        const V own = centre[r * P + i % P];
+        V& to = sum[r * N * P + i];
+        to = metric == AffinityMetric::kL1 ? add(to, abs(own - other), one) : to + own * other;
       });
     });
   }
-  unroll<0, N>([&](auto i) __attribute__((always_inline)) {
-    unroll<0, P>([&](auto p) __attribute__((always_inline)) {
-      float* const at = sums + i * stride + p * n;
-      store(at, load(at) + sum[i * P + p]);
-    });
+  unroll<0, R * N * P>([&](auto i) __attribute__((always_inline)) {
+    constexpr int in_row = i.value % (N * P);
+    float* const at = sums[i.value / (N * P)] + in_row / P * stride + in_row % P * n;
+    store(at, load(at) + sum[i]);
   });
 }
 
-template <AffinityMetric metric, int N>
-WSSS_ALWAYS_INLINE void accumulate_row(const float* here, const float* there, int vectors, int depth, float* sums,
-                                       size_t stride) {
-  constexpr int P = WSSS_VECTOR_BYTES == 64 ? 2 : 1;
-  int v = 0;
-  for (; v + P <= vectors; v += P) accumulate<metric, N, P>(here + v * n, there + v * n, depth, sums + v * n, stride);
-  for (; v < vectors; ++v) accumulate<metric, N, 1>(here + v * n, there + v * n, depth, sums + v * n, stride);
+template <AffinityMetric metric, int R, int N>
+WSSS_ALWAYS_INLINE void accumulate_row(const float* here, size_t next_row, const float* there, int vectors, int depth,
+                                       float* const* sums, size_t stride) {
+  constexpr int P = WSSS_VECTOR_BYTES == 64 && R == 1 ? 2 : 1;
+  float* at[R];
+  for (int v = 0; v < vectors;) {
+    const int taken = v + P <= vectors ? P : 1;
+    for (int r = 0; r < R; ++r) at[r] = sums[r] + v * n;
+    if (taken == P) {
+      accumulate<metric, R, P, N>(here + v * n, next_row, there + v * n, depth, at, stride);
+    } else {
+      accumulate<metric, R, 1, N>(here + v * n, next_row, there + v * n, depth, at, stride);
+    }
+    v += taken;
+  }
 }
 
-template <AffinityMetric metric>
-void accumulate_neighbours(const float* here, const float* there, int neighbours, int vectors, int depth, float* sums,
-                           size_t stride) {
+template <AffinityMetric metric, int R>
+void accumulate_neighbours(const float* here, size_t next_row, const float* there, int neighbours, int vectors,
+                           int depth, float* const* row_sums, size_t stride) {
+  float* sums[R];
+  for (int r = 0; r < R; ++r) sums[r] = row_sums[r];
   while (neighbours > 0) {
     const int taken = neighbours < 9 ? neighbours : 9;
-    switch (taken) {
-      case 9: accumulate_row<metric, 9>(here, there, vectors, depth, sums, stride); break;
-      case 8: accumulate_row<metric, 8>(here, there, vectors, depth, sums, stride); break;
-      case 7: accumulate_row<metric, 7>(here, there, vectors, depth, sums, stride); break;
-      case 6: accumulate_row<metric, 6>(here, there, vectors, depth, sums, stride); break;
-      case 5: accumulate_row<metric, 5>(here, there, vectors, depth, sums, stride); break;
-      case 4: accumulate_row<metric, 4>(here, there, vectors, depth, sums, stride); break;
-      case 3: accumulate_row<metric, 3>(here, there, vectors, depth, sums, stride); break;
-      case 2: accumulate_row<metric, 2>(here, there, vectors, depth, sums, stride); break;
-      case 1: accumulate_row<metric, 1>(here, there, vectors, depth, sums, stride); break;
-    }
+    unroll<1, 10>([&](auto count) __attribute__((always_inline)) {
+      if (count.value == taken) {
+        accumulate_row<metric, R, count.value>(here, next_row, there, vectors, depth, sums, stride);
+      }
+    });
     neighbours -= taken;
     there += taken;
-    sums += taken * stride;
+    for (float*& at : sums) at += taken * stride;
   }
+}
+
+// The dx of the offsets with this dy.
+struct Reach {
+  int first, last;
+};
+WSSS_ALWAYS_INLINE Reach reach_of(int radius, int dy) {
+  if (dy < 0 || dy >= radius) return {0, -1};
+  const int reach = stencil_reach(radius, dy);
+  return {dy == 0 ? 1 : -reach, reach};
 }
 
 // Columns [first, last) of row y whose pair with offset (dy, dx) counts.
@@ -131,13 +159,11 @@ WSSS_ALWAYS_INLINE Columns paired_columns(const AffinityProblem& problem, int y,
 }
 
 WSSS_ALWAYS_INLINE V inside(V v, int x, Columns columns) {
-  if (x >= columns.first && x + n <= columns.last) return v;
-  float values[n];
-  store(values, v);
-  for (int i = 0; i < n; ++i) {
-    if (x + i < columns.first || x + i >= columns.last) values[i] = 0;
-  }
-  return load(values);
+  static constexpr int32_t kLaneNumber[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  VecInt column;
+  std::memcpy(&column, kLaneNumber, sizeof column);
+  column += x;
+  return (V)((VecInt)v & (column >= columns.first) & (column < columns.last));
 }
 
 WSSS_ALWAYS_INLINE void finish_tile(const AffinityProblem& problem, const AffinityTile& tile, float* out,
@@ -147,7 +173,7 @@ WSSS_ALWAYS_INLINE void finish_tile(const AffinityProblem& problem, const Affini
   const float mean = 1.0f / float(problem.dim);
   const float slope = float(-1.0 / (double(problem.dim) * options.scale));
   for (int y = tile.y_begin; y < tile.y_end; ++y) {
-    double total = 0;
+    Vec<double> row_sum{};
     for (int k = 0; k < problem.hood->count; ++k, sums += stride) {
       const Columns columns =
           paired_columns(problem, y, problem.hood->dy[k], problem.hood->dx[k], options.cropped && !options.automatic);
@@ -161,12 +187,13 @@ WSSS_ALWAYS_INLINE void finish_tile(const AffinityProblem& problem, const Affini
         }
         v = inside(v, x, columns);
         if (options.automatic) {
-          for (int i = 0; i < n; ++i) total += double(v[i]);
+          const DoublePair distances = widen(v);
+          row_sum += distances.low + distances.high;
         }
         store_some(row + x, v, tile.x_end - x);
       }
     }
-    row_sums[y - tile.y_begin] = total;
+    row_sums[y - tile.y_begin] = sum_of_lanes(row_sum);
   }
 }
 
@@ -181,14 +208,36 @@ WSSS_ALWAYS_INLINE void forward_tile_of(const AffinityProblem& problem, const Af
     const int depth = problem.dim - d < kForwardChannels ? problem.dim - d : kForwardChannels;
     pack(problem, tile, feats, norms, d, depth, tile.y_begin, last, packed);
     const size_t packed_row = size_t(depth) * kLine;
-    for (int y = tile.y_begin; y < tile.y_end; ++y) {
+    for (int y = tile.y_begin; y < tile.y_end; y += kRowsTogether) {
+      const bool two = kRowsTogether == 2 && y + 1 < tile.y_end;
       const float* const here = packed + size_t(y - tile.y_begin) * packed_row + kLineMargin;
       float* const row_sum = sums + size_t(y - tile.y_begin) * row_stride;
-      for (int dy = 0; dy < radius && y + dy < last; ++dy) {
-        const int reach = stencil_reach(radius, dy), first = dy == 0 ? 1 : -reach;
-        if (first > reach) continue;
-        accumulate_neighbours<metric>(here, here + dy * packed_row + first, reach - first + 1, vectors, depth,
-                                      row_sum + size_t(offset_index(radius, dy, first)) * stride, stride);
+      for (int dy = 0; dy < radius + two && y + dy < last; ++dy) {
+        const float* const there = here + dy * packed_row;
+        const Reach upper = reach_of(radius, dy), lower = reach_of(radius, two ? dy - 1 : -1);
+        const auto sums_of = [&](int row, int dx) {
+          return row_sum + row * row_stride + size_t(offset_index(radius, dy - row, dx)) * stride;
+        };
+        const auto alone = [&](int row, Reach dx) {
+          if (dx.first > dx.last) return;
+          float* const at = sums_of(row, dx.first);
+          accumulate_neighbours<metric, 1>(here + row * packed_row, 0, there + dx.first, dx.last - dx.first + 1,
+                                           vectors, depth, &at, stride);
+        };
+        const Reach both{upper.first > lower.first ? upper.first : lower.first,
+                         upper.last < lower.last ? upper.last : lower.last};
+        if (both.first > both.last) {
+          alone(0, upper);
+          alone(1, lower);
+          continue;
+        }
+        float* const at[2] = {sums_of(0, both.first), sums_of(1, both.first)};
+        accumulate_neighbours<metric, 2>(here, packed_row, there + both.first, both.last - both.first + 1, vectors,
+                                         depth, at, stride);
+        alone(0, {upper.first, both.first - 1});
+        alone(0, {both.last + 1, upper.last});
+        alone(1, {lower.first, both.first - 1});
+        alone(1, {both.last + 1, lower.last});
       }
     }
   }

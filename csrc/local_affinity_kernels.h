@@ -9,8 +9,9 @@
 namespace wsss {
 
 constexpr int kTileColumns = 128;  // pixels
-constexpr int kTileRows = 16;
-constexpr int kForwardChannels = 32;  // packed together; a tile's slice of them stays in the second-level cache
+constexpr int kTileRows = 24;
+constexpr int kForwardChannels =
+    16;  // packed together; two rows of them stay in the first-level cache, a tile in the second
 constexpr int kBackwardChannels = 8;
 constexpr int kLineMargin = 16;  // >= any reach and any vector, on both sides of a packed line
 constexpr int kLine = kTileColumns + 2 * kLineMargin;

@@ -141,34 +141,16 @@ void unpack_maps(const WalkPlan<T>& plan, const T* state, int count, float* cons
   }
 }
 
-// The positions outside [0, blocks) repeat those inside, some lanes over; past the first and last lane lies zero.
+// The positions outside [0, blocks) repeat those a lane over, from the row outwards: where there are fewer blocks than
+// halo positions, one of these in turn. Past the first and last lane lies zero.
 template <class T, int C>
 WSSS_ALWAYS_INLINE void fill_halo(const WalkPlan<T>& plan, T* row) {
   constexpr int n = kLanes<T>;
-  const int blocks = plan.blocks, halo = plan.halo;
-  T* const inside = row + size_t(halo) * C * n;
-  T* const end = inside + size_t(blocks) * C * n;
-  if (blocks >= halo) {
-    const size_t size = size_t(halo) * C * n;
-    for (size_t i = 0; i < size; i += n) {
-      store(row + i, previous_lane<T>(load(end - size + i)));
-      store(end + i, next_lane<T>(load(inside + i)));
-    }
-    return;
-  }
-  for (int h = 1; h <= halo; ++h) {
-    const int lanes_over = (h + blocks - 1) / blocks;
-    for (int c = 0; c < C; ++c) {
-      Vec<T> left = load(inside + (ptrdiff_t(lanes_over * blocks - h) * C + c) * n);
-      Vec<T> right = load(inside + (ptrdiff_t(h - 1 - (lanes_over - 1) * blocks) * C + c) * n);
-      for (int i = 0; i < lanes_over; ++i) {
-        left = previous_lane<T>(left);
-        right = next_lane<T>(right);
-      }
-      store(inside - (ptrdiff_t(h) * C - c) * n, left);
-      store(end + (ptrdiff_t(h - 1) * C + c) * n, right);
-    }
-  }
+  const size_t size = size_t(plan.halo) * C * n;
+  T* const inside = row + size;
+  T* const end = inside + size_t(plan.blocks) * C * n;
+  for (size_t i = n; i <= size; i += n) store(inside - i, previous_lane<T>(load(end - i)));
+  for (size_t i = 0; i < size; i += n) store(end + i, next_lane<T>(load(inside + i)));
 }
 
 // sum over neighbours of W (x_j - x_i), for P positions of C maps, all in registers.

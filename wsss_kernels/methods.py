@@ -15,13 +15,14 @@ from wsss_kernels.labels import background_threshold
 from wsss_kernels.ops.attention_walk import attention_walk
 from wsss_kernels.ops.boundary_affinity import boundary_affinity
 from wsss_kernels.ops.dense_crf import dense_crf
-from wsss_kernels.ops.local_affinity import local_affinity
+from wsss_kernels.ops.feature_walk import feature_walks
 from wsss_kernels.ops.mask_vote import check_segments, mask_vote
 from wsss_kernels.ops.pixel_adaptive import pixel_adaptive
 from wsss_kernels.ops.random_walk import random_walk
 
 Size = tuple[int, int]
 Reader = Callable[[str, Any, bool], Any]  # name, argument, whether of a single image -> the argument with a batch
+Given = tuple[Tensor, Any, Size]  # maps on the grid, input, grid
 
 # What a published pipeline sets: (method, background, options).
 PRESETS: dict[str, tuple[str, float | None, dict[str, Any]]] = {
@@ -67,11 +68,12 @@ class Stage:
 
     check: Callable[[str, Any], None]  # name and input
     grid: Callable[[Tensor, Any, dict[str, Any]], Size]  # maps, input, options
-    run: Callable[[Tensor, Any, Size, dict[str, Any]], Tensor]  # maps on the grid, input, grid, options
+    run: Callable[[list[Given], dict[str, Any]], list[Tensor]]  # batches of any sizes, options
     options: dict[str, Any]  # and their defaults
     reads: str = "feats"
     batched: Reader = batched_maps
     check_options: Callable[[dict[str, Any]], None] = lambda given: None  # those that its ops do not check
+    together: bool = False  # whether batches are small and quick, so that several at a time are quicker
     background: Callable[[Tensor], Tensor] | None = None  # where maps compete: the one they have if the caller has none
 
 
@@ -85,24 +87,29 @@ def _auto_steps(stage: str, grid: Size) -> int:
     return min(256, max(16, round(_STEPS[stage] * (max(grid) / 128) ** 2)))
 
 
-def _walk(maps: Tensor, feats: Tensor, stage: str, grid: Size, o: dict[str, Any], metric: str = "l1") -> Tensor:
-    steps = _auto_steps(stage, grid) if o["steps"] == "auto" else o["steps"]
-    affinity = local_affinity(feats, o["radius"], metric=metric, scale=o["scale"], border=o["border"])
-    return random_walk(
-        maps, affinity, radius=o["radius"], beta=o["beta"], steps=steps, solver=o["solver"], tol=o["tol"]
-    )
+def _each(run: Callable[[Tensor, Any, Size, dict[str, Any]], Tensor]) -> Callable[..., list[Tensor]]:
+    return lambda given, options: [run(maps, value, grid, options) for maps, value, grid in given]
 
 
-def _run_affinity(maps: Tensor, feats: Tensor, grid: Size, o: dict[str, Any]) -> Tensor:
-    return _walk(maps, feats.to(maps.dtype), "affinity", grid, o, o["metric"])
+def _walks(given: list[Given], stage: str, o: dict[str, Any], metric: str = "l1") -> list[Tensor]:
+    walks = []
+    for maps, feats, grid in given:
+        steps = _auto_steps(stage, grid) if o["steps"] == "auto" else o["steps"]
+        walks.append((maps, feats.to(maps.dtype), steps))
+    chosen = {name: o[name] for name in ("radius", "scale", "border", "beta", "solver", "tol")}
+    return feature_walks(walks, metric=metric, **chosen)
 
 
-def _run_image(maps: Tensor, picture: Tensor, grid: Size, o: dict[str, Any]) -> Tensor:
-    return _walk(maps, walk_features(picture, grid).to(maps.dtype), "image", grid, o)
+def _walk_on_features(given: list[Given], o: dict[str, Any]) -> list[Tensor]:
+    return _walks(given, "affinity", o, o["metric"])
 
 
-def _run_guide(maps: Tensor, picture: Tensor, grid: Size, o: dict[str, Any]) -> Tensor:
-    return _walk(maps, walk_features(picture, grid).to(maps.dtype), "guide", grid, o)
+def _walk_on_colours(given: list[Given], o: dict[str, Any]) -> list[Tensor]:
+    return _walks([(maps, walk_features(picture, grid), grid) for maps, picture, grid in given], "image", o)
+
+
+def _walk_on_guide(given: list[Given], o: dict[str, Any]) -> list[Tensor]:
+    return _walks([(maps, walk_features(picture, grid), grid) for maps, picture, grid in given], "guide", o)
 
 
 def _run_boundary(maps: Tensor, boundary: Tensor, _: Size, o: dict[str, Any]) -> Tensor:
@@ -270,31 +277,33 @@ _IMAGE = {**_WALK, "scale": 1.0, "grid": 128}
 _PIXEL_ADAPTIVE = {"dilations": (1, 2, 4, 8, 12, 24), "iterations": 10}
 METHODS = {
     "affinity": Stage(
-        _check_features, _feature_grid, _run_affinity, {**_WALK, "metric": "l1", "scale": "auto"},
-        check_options=_check_walk,
+        _check_features, _feature_grid, _walk_on_features, {**_WALK, "metric": "l1", "scale": "auto"},
+        check_options=_check_walk, together=True,
     ),
-    "image": Stage(check_picture, _image_grid, _run_image, _IMAGE, check_options=_check_image_walk),
+    "image": Stage(
+        check_picture, _image_grid, _walk_on_colours, _IMAGE, check_options=_check_image_walk, together=True
+    ),
     "boundary": Stage(
-        check_boundary, _feature_grid, _run_boundary,
+        check_boundary, _feature_grid, _each(_run_boundary),
         {"radius": 5, "beta": 10.0, "steps": 256, "solver": "auto", "tol": 1e-4},
     ),
     "attention": Stage(
-        _check_attention, _token_grid, _run_attention,
+        _check_attention, _token_grid, _each(_run_attention),
         {"grid": None, "sinkhorn": 3, "squarings": 1, "box_threshold": 0.4},
         batched=_batched_attention, check_options=_check_token_grid,
     ),
-    "pamr": Stage(check_picture, _picture_grid, _run_pamr, _PIXEL_ADAPTIVE),
-    "par": Stage(check_picture, _picture_grid, _run_par, _PIXEL_ADAPTIVE),
+    "pamr": Stage(check_picture, _picture_grid, _each(_run_pamr), _PIXEL_ADAPTIVE),
+    "par": Stage(check_picture, _picture_grid, _each(_run_par), _PIXEL_ADAPTIVE),
     "crf": Stage(
-        check_picture, _picture_grid, _run_crf,
+        check_picture, _picture_grid, _each(_run_crf),
         {"iterations": 5, "gaussian": (1.0, 1.5), "bilateral": (64.0, 3.0, 2.0)}, background=_constant_background,
     ),
     "vote": Stage(
-        check_segments, _segment_grid, _run_vote, {"segments": None, "reduce": "mean"},
+        check_segments, _segment_grid, _each(_run_vote), {"segments": None, "reduce": "mean"},
         reads="segments", batched=_batched_segments,
     ),
 }  # fmt: skip
-GUIDE = Stage(check_picture, _image_grid, _run_guide, _IMAGE, reads="guide")  # follows the methods
+GUIDE = Stage(check_picture, _image_grid, _walk_on_guide, _IMAGE, reads="guide", together=True)  # follows the methods
 
 
 def stages_of(method: str | tuple[str, ...], given: dict[str, Any]) -> list[Stage]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from wsss_kernels import _check
-from wsss_kernels.colour import average_to
+from wsss_kernels import _check, _maps
 from wsss_kernels.methods import GUIDE, PRESETS, Reader, Size, Stage, stages_of
 
 NORMALIZATIONS = ("image", "class", None)
+# Batches of a list that take each step together: kernels find one a thread, and Python's own code, which has left the
+# caches after each, runs in one go.
+_TOGETHER = 32
 
 
 def refine_cams(
@@ -164,11 +165,17 @@ def _refine_list(
         images.append({"cams": cams[i].unsqueeze(0), **image})
         groups.setdefault(tuple(map(_kind, images[i].values())), []).append(i)
     results: dict[int, Tensor] = {}
-    for indices in groups.values():
-        inputs = {name: _joined([images[i][name] for i in indices]) for name in images[indices[0]]}
-        alpha = None if alphas is None else [alphas[i] for i in indices]
-        refined = _refine_batch(inputs.pop("cams"), inputs, alpha, stages, size, normalize)
-        results.update(zip(indices, refined.unbind(), strict=True))
+    shapes = list(groups.values())
+    step = _TOGETHER if all(stage.together for stage in stages) else 1
+    for first in range(0, len(shapes), step):
+        together = shapes[first : first + step]
+        batches = []
+        for indices in together:
+            inputs = {name: _joined([images[i][name] for i in indices]) for name in images[indices[0]]}
+            alpha = None if alphas is None else [alphas[i] for i in indices]
+            batches.append((inputs.pop("cams"), inputs, alpha))
+        for indices, refined in zip(together, _refine_batches(batches, stages, size, normalize), strict=True):
+            results.update(zip(indices, refined.unbind(), strict=True))
     return [results[i] for i in range(count)]
 
 
@@ -218,18 +225,41 @@ def _refine_tensor(
         cams = cams.unsqueeze(0)
     inputs = {name: reader(name, given[name], single) for name, reader in readers.items()}
     alphas = _per_image(background, len(cams))
-    refined = _refine_batch(cams, inputs, alphas, stages, size, normalize)
+    refined = _refine_batches([(cams, inputs, alphas)], stages, size, normalize)[0]
     return refined[0] if single else refined
 
 
-def _refine_batch(
-    cams: Tensor,
-    inputs: dict[str, Any],
-    alphas: list[float] | None,
+@dataclass
+class _Batch:
+    """A batch on its way through the stages."""
+
+    cams: Tensor
+    inputs: dict[str, Any]
+    target: Size
+    maps: Tensor  # with the background, if there is one, without absent classes where that is known
+    positions: Tensor | None  # see _present
+    present: Tensor | None
+    has_background: bool
+
+
+def _refine_batches(
+    batches: list[tuple[Tensor, dict[str, Any], list[float] | None]],
     stages: list[Stage],
     size: str | Size | None,
     normalize: str | None,
-) -> Tensor:
+) -> list[Tensor]:
+    """Of (cams, inputs, alphas): each step for all batches before the next one."""
+    begun = []
+    for cams, inputs, alphas in batches:
+        begun.append(_begin(cams, inputs, alphas, stages, size))
+    for stage in stages:
+        _run(stage, begun)
+    return [_finished(batch, normalize) for batch in begun]
+
+
+def _begin(
+    cams: Tensor, inputs: dict[str, Any], alphas: list[float] | None, stages: list[Stage], size: str | Size | None
+) -> _Batch:
     batch, channels = cams.shape[:2]
     for stage in stages:
         stage.check(stage.reads, inputs[stage.reads])
@@ -246,17 +276,18 @@ def _refine_batch(
             if name != "labels":
                 _check.same_device("cams", cams, name, tensor)
     target = _target_size(size, cams, inputs, stages)
-
     maps = _without_negative(cams if cams.dtype == torch.float64 else cams.float())
     maps, positions, present = _present(maps, labels)
     if alphas is not None:
         maps = torch.cat([_background_map(maps, alphas), maps], dim=1)
-    for stage in stages:
-        maps = _run(stage, maps, inputs[stage.reads], alphas is not None, present)
-    maps = _normalized(_bilinear(maps, target), normalize)
-    if positions is not None:
-        maps = _dense(maps, positions, channels, alphas is not None)
-    return maps.to(cams.dtype)
+    return _Batch(cams, inputs, target, maps, positions, present, alphas is not None)
+
+
+def _finished(batch: _Batch, normalize: str | None) -> Tensor:
+    maps = _maps.normalized(_maps.bilinear(batch.maps, batch.target), normalize)
+    if batch.positions is not None:
+        maps = _dense(maps, batch.positions, batch.cams.shape[1], batch.has_background)
+    return maps.to(batch.cams.dtype)
 
 
 def _batched_labels(name: str, value: Any, single: bool) -> Tensor:
@@ -290,18 +321,13 @@ def _target_size(size: str | Size | None, cams: Tensor, inputs: dict[str, Any], 
 
 
 def _without_negative(maps: Tensor) -> Tensor:
-    if _reads_values(maps) and maps.numel():
+    if _maps.reads_values(maps) and maps.numel():
         least = maps.detach().amin().item()
         if least >= 0:
             return maps
         if least < 0:
-            warnings.warn("negative values in cams count as 0 (logits? pass their ReLU)", UserWarning, stacklevel=4)
+            warnings.warn("negative values in cams count as 0 (logits? pass their ReLU)", UserWarning, stacklevel=6)
     return maps.clamp(min=0)
-
-
-def _reads_values(tensor: Tensor) -> bool:
-    """Whether a value can decide what happens next: not where that would wait for a GPU or break a graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _present(maps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -312,7 +338,7 @@ def _present(maps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | None
     """
     if labels is None:
         return maps, None, None
-    if not _reads_values(labels):
+    if not _maps.reads_values(labels):
         present = labels.to(maps.device)
         return maps * present[:, :, None, None], None, present
     most = int(labels.sum(dim=1).max()) if labels.numel() else 0
@@ -335,55 +361,27 @@ def _background_map(maps: Tensor, alphas: list[float]) -> Tensor:
     """(1 - max_c cam_c / max(cam_c))^alpha [B, 1, H, W]; a class without any score stays zero."""
     if maps.shape[1] == 0 or maps.numel() == 0:
         return maps.new_ones(maps.shape[0], 1, *maps.shape[-2:])
-    strongest = _scaled(maps, _maximum(maps, (2, 3))).nan_to_num(0, 0).amax(dim=1, keepdim=True)
+    strongest = _maps.scaled(maps, _maps.maximum(maps, (2, 3))).nan_to_num(0, 0).amax(dim=1, keepdim=True)
     exponent = alphas[0] if len(set(alphas)) <= 1 else maps.new_tensor(alphas)[:, None, None, None]
     return (1 - strongest).clamp(min=0) ** exponent
 
 
-def _run(stage: Stage, maps: Tensor, value: Any, has_background: bool, present: Tensor | None) -> Tensor:
-    grid = stage.grid(maps, value, stage.options)
-    maps = _resized(maps, grid)
-    if stage.background is None:
-        return stage.run(maps, value, grid, stage.options)
-    if not has_background:
-        maps = torch.cat([stage.background(maps), maps], dim=1)
-    background, scores = stage.run(maps, value, grid, stage.options).tensor_split([1], dim=1)
-    if present is not None:  # where maps compete, one of zeros wins a share too
-        scores = scores.where(present[:, :, None, None], scores.new_zeros(()))
-    return torch.cat([background, scores], dim=1) if has_background else scores
+def _run(stage: Stage, batches: list[_Batch]) -> None:
+    given = []
+    for batch in batches:
+        value = batch.inputs[stage.reads]
+        grid = stage.grid(batch.maps, value, stage.options)
+        maps = _maps.resized(batch.maps, grid)
+        if stage.background is not None and not batch.has_background:
+            maps = torch.cat([stage.background(maps), maps], dim=1)
+        given.append((maps, value, grid))
+    for batch, maps in zip(batches, stage.run(given, stage.options), strict=True):
+        batch.maps = maps if stage.background is None else _competed(batch, maps)
 
 
-def _resized(maps: Tensor, size: Size) -> Tensor:
-    """Area averaging where an axis shrinks, bilinear where it grows."""
-    height, width = maps.shape[-2:]
-    if 0 in maps.shape:
-        return maps.new_zeros(*maps.shape[:2], *size)
-    return _bilinear(average_to(maps, (min(height, size[0]), min(width, size[1]))), size)
-
-
-def _bilinear(maps: Tensor, size: Size) -> Tensor:
-    if tuple(maps.shape[-2:]) == size:
-        return maps
-    if 0 in maps.shape:
-        return maps.new_zeros(*maps.shape[:2], *size)
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
-
-
-def _normalized(maps: Tensor, normalize: str | None) -> Tensor:
-    if normalize is None or maps.numel() == 0:
-        return maps
-    return _scaled(maps, _maximum(maps, (2, 3) if normalize == "class" else (1, 2, 3)))
-
-
-def _maximum(maps: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Largest finite value: NaN and infinity stay in their own class."""
-    if _reads_values(maps):
-        maximum = maps.amax(dim=dims, keepdim=True)
-        if math.isfinite(maximum.detach().sum().item()):
-            return maximum
-    return maps.nan_to_num(0, 0, 0).amax(dim=dims, keepdim=True)
-
-
-def _scaled(maps: Tensor, maximum: Tensor) -> Tensor:
-    """maps / maximum, 0 where that is 0."""
-    return maps / torch.where(maximum > 0, maximum, 1.0)
+def _competed(batch: _Batch, maps: Tensor) -> Tensor:
+    """Without what the stage added: a background, and shares for maps of zeros."""
+    background, scores = maps.tensor_split([1], dim=1)
+    if batch.present is not None:
+        scores = scores.where(batch.present[:, :, None, None], scores.new_zeros(()))
+    return torch.cat([background, scores], dim=1) if batch.has_background else scores

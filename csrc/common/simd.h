@@ -95,6 +95,23 @@ WSSS_ALWAYS_INLINE Vec<float> square_root(Vec<float> v) {
 #endif
 }
 
+// A vector of floats as doubles: two vectors.
+struct DoublePair {
+  Vec<double> low, high;
+};
+WSSS_ALWAYS_INLINE DoublePair widen(Vec<float> v) {
+  typedef float Half __attribute__((vector_size(WSSS_VECTOR_BYTES / 2)));
+  Half low, high;
+  std::memcpy(&low, &v, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+  return {__builtin_convertvector(low, Vec<double>), __builtin_convertvector(high, Vec<double>)};
+}
+WSSS_ALWAYS_INLINE double sum_of_lanes(Vec<double> v) {
+  double sum = 0;
+  for (int i = 0; i < kLanes<double>; ++i) sum += v[i];
+  return sum;
+}
+
 // Keeps a loaded value in its register: compilers like to fold a load into each of its uses, and loads are what bounds
 // a stencil.
 template <class T>

@@ -65,11 +65,7 @@ def random_walk(
     _check.tensor("maps", maps, "B C H W")
     _check.tensor("affinity", affinity, "B K H W")
     _check.same_device("maps", maps, "affinity", affinity)
-    check_radius(radius)
-    beta = _check.number("beta", beta, "a number >= 0 (power of the affinity)", least=0)
-    _check.whole("steps", steps, "a whole number >= 0", least=0)
-    _check.choice("solver", solver, SOLVERS)
-    tol = _check.number("tol", tol, "a number > 0 (error in units of the map's maximum)", above=0)
+    beta, tol = check_arguments(radius, beta, steps, solver, tol)
     batch, _, height, width = maps.shape
     expected = (batch, neighbour_count(radius), height, width)
     if affinity.shape != expected:
@@ -84,6 +80,15 @@ def random_walk(
         kernel = _random_walk_cuda if maps.is_cuda else _random_walk_cpu
         return kernel(maps, affinity, *arguments)
     return torch.ops.wsss_kernels.random_walk(maps, affinity, *arguments)
+
+
+def check_arguments(radius: int, beta: float, steps: int, solver: str, tol: float) -> tuple[float, float]:
+    """-> beta and tol."""
+    check_radius(radius)
+    beta = _check.number("beta", beta, "a number >= 0 (power of the affinity)", least=0)
+    _check.whole("steps", steps, "a whole number >= 0", least=0)
+    _check.choice("solver", solver, SOLVERS)
+    return beta, _check.number("tol", tol, "a number > 0 (error in units of the map's maximum)", above=0)
 
 
 _dispatch.LIBRARY.define(
