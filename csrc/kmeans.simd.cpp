@@ -141,7 +141,7 @@ double square(const float* a, int64_t count) {
     const DoublePair squares = widen(v * v);
     sum += squares.low + squares.high;
   }
-  return total(sum);
+  return sum_of_lanes(sum);
 }
 
 double square_distance(const float* a, const float* b, int64_t count) {
