@@ -18,7 +18,7 @@ namespace {
 
 const AttentionKernels& kernels() { return WSSS_CHOOSE_ISA(attention_kernels); }
 
-constexpr int kPanelsPerThread = 4;         // of queries, between two meetings of the threads in the backward pass
+constexpr int kPanelsPerThread = 8;         // of queries, between two meetings of the threads in the backward pass
 constexpr double kProductsPerThread = 1e6;  // below, meeting costs more than it brings
 
 int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }

@@ -96,6 +96,10 @@ void multiply_panel(const Product& product, const float* b, int first, int colum
     const float* const a = product.a + i * (kAcross ? 1 : product.a_row);
     const float* const start = product.start ? product.start + i : nullptr;
     float* const c = product.c + i * product.c_row + first;
+    for (int t = kRows; t < 2 * kRows && i + t < product.rows; ++t) {  // what the next tile begins with
+      for (int v = 0; v < kWide; ++v) __builtin_prefetch(c + t * product.c_row + v * n, 1);
+      if (!kAcross) __builtin_prefetch(a + t * product.a_row);
+    }
     unroll<1, kRows + 1>([&](auto t) {
       if (tile == t) multiply_tile<t, kWide, kAcross>(product, a, b, c, start, columns);
     });
