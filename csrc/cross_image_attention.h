@@ -35,7 +35,7 @@ struct AttentionOptions {
 };
 
 // The slope of a query's entropy is sum over m of a d entropy / d a, kept for the gradient.
-// Workspace: the allowed entries of an image twice, and 64 queries and their scores for each thread.
+// Workspace: the allowed entries of an image twice, and for each thread a panel of queries and one of scores.
 void cross_image_attention_cpu(const float* query, const AttentionMemory& memory,
                                float* out,      // every element is written; null where values is
                                float* entropy,  // [B, heads, S], or null
