@@ -176,22 +176,31 @@ void pixel_adaptive_backward(Address grad, Address image, Address grad_maps, int
       wsss::AdaptiveOptions{par, dilations.data(), int(dilations.size()), iterations}, threads);
 }
 
-void cross_image_attention(Address query, Address keys, Address values, Address mask, Address out, Address entropy,
-                           Address stats, const std::array<int64_t, 5>& sizes, bool shared, double scale, int64_t top_k,
-                           double threshold, int threads) {
-  wsss::cross_image_attention_cpu(at(query), at(keys), at(values), at<uint8_t>(mask), at(out), at(entropy), at(stats),
-                                  wsss::AttentionShape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], shared},
-                                  wsss::AttentionOptions{float(scale), top_k, threshold}, threads);
+// sizes: batch, heads, queries, entries, dim, shared, and query, gradient and result channels first. memory: keys,
+// values, key_bias, out_bias, mask.
+wsss::AttentionShape attention_shape(const std::array<int64_t, 9>& sizes) {
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5] != 0, sizes[6] != 0, sizes[7] != 0, sizes[8] != 0};
+}
+wsss::AttentionMemory attention_memory(const std::array<Address, 5>& memory) {
+  return {at(memory[0]), at(memory[1]), at(memory[2]), at(memory[3]), at<uint8_t>(memory[4])};
 }
 
-void cross_image_attention_backward(Address grad, Address grad_entropy, Address query, Address keys, Address values,
-                                    Address mask, Address stats, Address grad_query, Address grad_keys,
-                                    Address grad_values, const std::array<int64_t, 5>& sizes, bool shared, double scale,
-                                    int threads) {
-  wsss::cross_image_attention_backward_cpu(
-      at(grad), at(grad_entropy), at(query), at(keys), at(values), at<uint8_t>(mask), at(stats), at(grad_query),
-      at(grad_keys), at(grad_values), wsss::AttentionShape{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], shared},
-      float(scale), threads);
+void cross_image_attention(Address query, const std::array<Address, 5>& memory, Address out, Address entropy,
+                           Address stats, Address weights, const std::array<int64_t, 9>& sizes, double scale,
+                           int64_t top_k, double threshold, int threads) {
+  wsss::cross_image_attention_cpu(at(query), attention_memory(memory), at(out), at(entropy), at(stats), at(weights),
+                                  attention_shape(sizes), {float(scale), top_k, threshold}, threads);
+}
+
+// gradients: of query, keys, values, key_bias.
+void cross_image_attention_backward(Address grad, Address grad_entropy, Address query,
+                                    const std::array<Address, 5>& memory, Address stats, Address weights,
+                                    const std::array<Address, 4>& gradients, const std::array<int64_t, 9>& sizes,
+                                    double scale, int threads) {
+  wsss::cross_image_attention_backward_cpu(at(grad), at(grad_entropy), at(query), attention_memory(memory), at(stats),
+                                           at(weights),
+                                           {at(gradients[0]), at(gradients[1]), at(gradients[2]), at(gradients[3])},
+                                           attention_shape(sizes), float(scale), threads);
 }
 
 void class_context(Address feats, Address weights, Address classes, Address prototypes, Address sums, int64_t batch,

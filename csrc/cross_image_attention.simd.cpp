@@ -11,6 +11,7 @@ namespace {
 constexpr int n = kLanes<float>;
 constexpr int kRows = 6, kVectors = n == 16 ? 4 : 2;  // sums in registers: 24 of 32, or 12 of 16
 constexpr int kPanel = kVectors * n;
+static_assert(kAttentionPanel % kPanel == 0);
 constexpr float kLeast = 1e-5f;  // inside the entropy's logarithm
 constexpr float kInfinity = __builtin_inff();
 
@@ -26,8 +27,9 @@ void pack(const float* from, ptrdiff_t row, const int32_t* index, int steps, int
   }
 }
 
-void pack_rows(const float* from, ptrdiff_t row, const int32_t* index, int steps, int columns, float* to) {
-  for (int first = 0; first < columns; first += kPanel, to += ptrdiff_t(steps) * kPanel) {
+void pack_rows(const float* from, ptrdiff_t row, const int32_t* index, int steps, int columns, float* to,
+               ptrdiff_t to_row, ptrdiff_t to_panel) {
+  for (int first = 0; first < columns; first += kPanel, to += to_panel) {
     for (int j = 0; j < kPanel; j += n) {
       const float* source[n];
       int there = columns - first - j;
@@ -37,55 +39,81 @@ void pack_rows(const float* from, ptrdiff_t row, const int32_t* index, int steps
         Vec<float> block[n];
         for (int i = 0; i < n; ++i) block[i] = i < there ? load_some(source[i] + k, steps - k) : Vec<float>{};
         transpose<float>(block);
-        for (int i = 0; i < n && k + i < steps; ++i) store(to + ptrdiff_t(k + i) * kPanel + j, block[i]);
+        for (int i = 0; i < n && k + i < steps; ++i) store(to + (k + i) * to_row + j, block[i]);
       }
     }
   }
 }
 
-template <int kTile, bool kAcross>
-WSSS_ALWAYS_INLINE void multiply_tile(const Product& product, const float* a, const float* b, float* const* c,
-                                      int columns) {
-  Vec<float> sum[kTile][kVectors] = {};
-  if (product.add) {
+void add_transposed(const float* from, ptrdiff_t row, int rows, int columns, const int32_t* index, float* to,
+                    ptrdiff_t to_row) {
+  for (int i = 0; i < rows; i += n) {
+    for (int j = 0; j < columns; j += n) {
+      Vec<float> block[n];
+      for (int k = 0; k < n; ++k) {
+        block[k] = i + k < rows ? load_some(from + (i + k) * row + j, columns - j) : Vec<float>{};
+      }
+      transpose<float>(block);
+      for (int k = 0; k < n && j + k < columns; ++k) {
+        float* const target = to + index[j + k] * to_row + i;
+        store_some(target, load_some(target, rows - i) + block[k], rows - i);
+      }
+    }
+  }
+}
+
+template <int kTile, int kWide, bool kAcross>
+WSSS_ALWAYS_INLINE void multiply_tile(const Product& product, const float* a, const float* b, float* c,
+                                      const float* start, int columns) {
+  Vec<float> sum[kTile][kWide] = {};
+  if (product.add || start) {
     unroll<0, kTile>([&](auto i) __attribute__((always_inline)) {
-      unroll<0, kVectors>([&](auto v) __attribute__((always_inline)) {
-        if (v * n < columns) sum[i][v] = load_some(c[i] + v * n, columns - v * n);
+      unroll<0, kWide>([&](auto v) __attribute__((always_inline)) {
+        sum[i][v] = start ? splat(start[i]) : load_some(c + i * product.c_row + v * n, columns - v * n);
       });
     });
   }
   const ptrdiff_t row = kAcross ? 1 : product.a_row, step = kAcross ? product.a_step : 1;
   for (int k = 0; k < product.steps; ++k, a += step, b += kPanel) {
-    Vec<float> right[kVectors];
-    unroll<0, kVectors>([&](auto v) __attribute__((always_inline)) { right[v] = in_register<float>(load(b + v * n)); });
+    Vec<float> right[kWide];
+    unroll<0, kWide>([&](auto v) __attribute__((always_inline)) { right[v] = in_register<float>(load(b + v * n)); });
     unroll<0, kTile>([&](auto i) __attribute__((always_inline)) {
       const Vec<float> left = in_register<float>(splat(a[i * row]));
-      unroll<0, kVectors>([&](auto v) __attribute__((always_inline)) { sum[i][v] += left * right[v]; });
+      unroll<0, kWide>([&](auto v) __attribute__((always_inline)) { sum[i][v] += left * right[v]; });
     });
   }
   unroll<0, kTile>([&](auto i) __attribute__((always_inline)) {
-    unroll<0, kVectors>([&](auto v) __attribute__((always_inline)) {
-      if (v * n < columns) store_some(c[i] + v * n, sum[i][v], columns - v * n);
+    unroll<0, kWide>([&](auto v) __attribute__((always_inline)) {
+      store_some(c + i * product.c_row + v * n, sum[i][v], columns - v * n);
     });
   });
+}
+
+template <int kWide, bool kAcross>
+void multiply_panel(const Product& product, const float* b, int first, int columns) {
+  for (int i = 0; i < product.rows; i += kRows) {
+    const int tile = product.rows - i < kRows ? product.rows - i : kRows;
+    const float* const a = product.a + i * (kAcross ? 1 : product.a_row);
+    const float* const start = product.start ? product.start + i : nullptr;
+    float* const c = product.c + i * product.c_row + first;
+    for (int t = kRows; t < 2 * kRows && i + t < product.rows; ++t) {  // what the next tile begins with
+      for (int v = 0; v < kWide; ++v) __builtin_prefetch(c + t * product.c_row + v * n, 1);
+      if (!kAcross) __builtin_prefetch(a + t * product.a_row);
+    }
+    unroll<1, kRows + 1>([&](auto t) {
+      if (tile == t) multiply_tile<t, kWide, kAcross>(product, a, b, c, start, columns);
+    });
+  }
 }
 
 template <bool kAcross>
 void multiply_panels(const Product& product) {
   const float* b = product.b;
-  for (int first = 0; first < product.columns; first += kPanel, b += ptrdiff_t(product.steps) * kPanel) {
-    for (int i = 0; i < product.rows; i += kRows) {
-      const int tile = product.rows - i < kRows ? product.rows - i : kRows;
-      const float* const a = product.a + i * (kAcross ? 1 : product.a_row);
-      float* c[kRows];
-      for (int t = 0; t < tile; ++t) {
-        c[t] = product.c + product.c_row * (product.rows_of_c ? product.rows_of_c[i + t] : i + t) + first;
-      }
-      const int columns = product.columns - first;
-      unroll<1, kRows + 1>([&](auto t) {
-        if (tile == t) multiply_tile<t, kAcross>(product, a, b, c, columns);
-      });
-    }
+  for (int first = 0; first < product.columns; first += kPanel, b += product.b_panel) {
+    const int columns = product.columns - first < kPanel ? product.columns - first : kPanel;
+    unroll<1, kVectors + 1>([&](auto v) {
+      if ((columns + n - 1) / n == v) multiply_panel<v, kAcross>(product, b, first, columns);
+    });
   }
 }
 
@@ -97,128 +125,114 @@ void multiply(const Product& product) {
   }
 }
 
-WSSS_ALWAYS_INLINE float total(Vec<float> v) {
-  float sum = 0;
-  for (int i = 0; i < n; ++i) sum += v[i];
-  return sum;
-}
-
 WSSS_ALWAYS_INLINE Vec<float> log(Vec<float> v) { return log2(v) * 0.693147181f; }
 
-// As whole numbers in the order of the floats.
-WSSS_ALWAYS_INLINE VecInt in_order(Vec<float> v) {
-  const VecInt bits = (VecInt)v;
-  return bits ^ ((bits >> 31) & 0x7fffffff);
-}
-
-// The k-th largest of count values, past which the row holds -infinity: by halves of the range of whole numbers.
-float kth_largest(const float* row, int count, int k) {
-  int64_t low = INT32_MIN, high = INT32_MAX;  // at least k values are >= low
-  while (low < high) {
-    const int64_t middle = low + (high - low + 1) / 2;
-    const VecInt pivot = int32_t(middle) - VecInt{};
+// The k-th largest of each of n columns, bit by bit from the top, as whole numbers in the order of the floats.
+Vec<float> kth_largest(const float* scores, int count, int k) {
+  constexpr int32_t kSign = INT32_MIN;  // turns the order of signed numbers into that of their bits
+  VecInt bits{};
+  for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
+    const VecInt candidate = bits | int32_t(bit), pivot = candidate ^ kSign;
     VecInt found{};
-    for (int j = 0; j < count; j += n) found -= in_order(load(row + j)) >= pivot;
-    int64_t above = 0;
-    for (int i = 0; i < n; ++i) above += found[i];
-    if (above >= k) {
-      low = middle;
-    } else {
-      high = middle - 1;
+    for (int m = 0; m < count; ++m) {
+      const VecInt value = (VecInt)load(scores + m * kPanel);
+      found -= (value ^ ((value >> 31) & INT32_MAX)) >= pivot;
     }
+    bits = found >= k ? candidate : bits;
   }
-  const int32_t ordered = int32_t(low), bits = ordered ^ ((ordered >> 31) & 0x7fffffff);
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+  const VecInt ordered = bits ^ kSign;
+  return (Vec<float>)(ordered ^ ((ordered >> 31) & INT32_MAX));
 }
 
-// Scales a row, fills it up with -infinity and returns its maximum; NaN where there is one.
-WSSS_ALWAYS_INLINE float scale_row(float* row, int count, ptrdiff_t line, float scale) {
-  for (ptrdiff_t j = count; j < line; ++j) row[j] = -kInfinity;
-  Vec<float> largest = splat(-kInfinity), odd{};
-  for (int j = 0; j < count; j += n) {
-    const Vec<float> value = load(row + j) * scale;
-    store(row + j, value);
-    largest = value > largest ? value : largest;
-    odd += value != value ? value : Vec<float>{};
-  }
-  float most = -kInfinity;
-  for (int i = 0; i < n; ++i) most = largest[i] > most ? largest[i] : most;
-  return most + total(odd);
+// Stored, so that no difference of it is fused with the product: the maximum has been rounded as well.
+WSSS_ALWAYS_INLINE void scale_columns(float* scores, int count, float scale) {
+  for (int m = 0; m < count; ++m) store(scores + m * kPanel, load(scores + m * kPanel) * scale);
 }
 
-void attend(const ScoreRows& rows) {
-  for (int r = 0; r < rows.rows; ++r) {
-    float* const row = rows.scores + r * rows.line;
-    float* const stats = rows.stats + ptrdiff_t(r) * kAttentionStats;
-    const float most = scale_row(row, rows.count, rows.line, rows.scale);
+void attend(const ScoreColumns& columns) {
+  const int count = columns.count;
+  const bool selects = columns.top_k || columns.log_threshold > -kInfinity;
+  for (int first = 0; first < columns.columns; first += n) {
+    float* const scores = columns.scores + first;
+    scale_columns(scores, count, columns.scale);
+    Vec<float> most = splat(-kInfinity), odd{};
+    for (int m = 0; m < count; ++m) {
+      const Vec<float> value = load(scores + m * kPanel);
+      most = value > most ? value : most;
+      odd += value != value ? value : Vec<float>{};
+    }
+    most += odd;
     Vec<float> sum{};
-    for (int j = 0; j < rows.count; j += n) sum += exp(load(row + j) - most);
-    const float all = total(sum), inverse = 1.0f / all;
-    float cut = -kInfinity;
-    if (rows.top_k) cut = kth_largest(row, rows.count, rows.top_k);
-    if (rows.log_threshold > -kInfinity) {
-      const float least = most + total(log(splat(all))) / n + rows.log_threshold;
+    for (int m = 0; m < count; ++m) sum += exp(load(scores + m * kPanel) - most);
+    const Vec<float> inverse = 1.0f / sum;
+    Vec<float> entropy{}, slope{};
+    if (columns.entropy) {
+      for (int m = 0; m < count; ++m) {
+        const Vec<float> a = exp(load(scores + m * kPanel) - most) * inverse, logarithm = log(a + kLeast);
+        entropy -= a * logarithm;
+        slope -= a * (logarithm + a / (a + kLeast));
+      }
+    }
+    Vec<float> cut = splat(-kInfinity);
+    if (columns.top_k) cut = kth_largest(scores, count, columns.top_k);
+    if (columns.log_threshold > -kInfinity) {
+      const Vec<float> least = most + log(sum) + columns.log_threshold;
       cut = least > cut ? least : cut;
     }
-    if (inverse != inverse) cut = inverse;
-    float slope = 0;
-    if (rows.entropy) {
-      Vec<float> entropy{}, slopes{};
-      for (int j = 0; j < rows.count; j += n) {
-        const Vec<float> a = exp(load(row + j) - most) * inverse, logarithm = log(a + kLeast);
-        entropy -= a * logarithm;
-        slopes -= a * (logarithm + a / (a + kLeast));
+    cut = inverse != inverse ? inverse : cut;
+    Vec<float> kept = sum;
+    if (selects) {
+      kept = Vec<float>{};
+      for (int m = 0; m < count; ++m) {
+        const Vec<float> value = load(scores + m * kPanel);
+        kept += value < cut ? Vec<float>{} : exp(value - most);
       }
-      rows.entropy[r] = total(entropy);
-      slope = total(slopes);
     }
-    Vec<float> left_over{};
-    for (int j = 0; j < rows.count; j += n) {
-      const Vec<float> value = load(row + j);
-      const Vec<float> weight = value < cut ? Vec<float>{} : exp(value - most);
-      left_over += weight;
-      store(row + j, weight);
+    const Vec<float> inverse_kept = kept == 0.0f ? Vec<float>{} : 1.0f / kept;
+    for (int m = 0; m < count; ++m) {
+      const Vec<float> value = load(scores + m * kPanel);
+      store(scores + m * kPanel, value < cut ? Vec<float>{} : exp(value - most) * inverse_kept);
     }
-    const float kept = total(left_over), inverse_kept = kept == 0.0f ? 0.0f : 1.0f / kept;
-    for (int j = 0; j < rows.count; j += n) store(row + j, load(row + j) * inverse_kept);
-    stats[0] = most, stats[1] = inverse, stats[2] = cut, stats[3] = inverse_kept, stats[4] = slope;
+    for (int i = 0; i < n && first + i < columns.columns; ++i) {
+      float* const stats = columns.stats + ptrdiff_t(first + i) * kAttentionStats;
+      stats[0] = most[i], stats[1] = inverse[i], stats[2] = cut[i], stats[3] = inverse_kept[i], stats[4] = slope[i];
+      if (columns.entropy) columns.entropy[first + i] = entropy[i];
+    }
   }
 }
 
-void differentiate(const GradientRows& rows) {
-  for (int r = 0; r < rows.rows; ++r) {
-    float* const row = rows.scores + r * rows.line;
-    float* const weights = rows.weights + r * rows.line;
-    const float* const stats = rows.stats + ptrdiff_t(r) * kAttentionStats;
-    const float most = stats[0], inverse = stats[1], cut = stats[2], inverse_kept = stats[3], slope = stats[4];
-    scale_row(row, rows.count, rows.line, rows.scale);
-    const float of_entropy = rows.grad_entropy ? rows.grad_entropy[r] : 0.0f;
-    float mean = 0;
-    if (rows.attended) {
-      Vec<float> means{};
-      for (ptrdiff_t j = rows.count; j < rows.line; ++j) weights[j] = 0;
-      for (int j = 0; j < rows.count; j += n) {
-        const Vec<float> value = load(row + j);
-        const Vec<float> p = value < cut ? Vec<float>{} : exp(value - most) * inverse_kept;
-        means += p == 0.0f ? Vec<float>{} : p * load(weights + j);
-      }
-      mean = total(means);
+void differentiate(const GradientColumns& columns) {
+  for (int first = 0; first < columns.columns; first += n) {
+    float* const scores = columns.scores + first;
+    float* const weights = columns.weights + first;
+    Vec<float> stats[kAttentionStats] = {}, of_entropy{};
+    for (int i = 0; i < n && first + i < columns.columns; ++i) {
+      for (int s = 0; s < kAttentionStats; ++s) stats[s][i] = columns.stats[(first + i) * kAttentionStats + s];
+      if (columns.grad_entropy) of_entropy[i] = columns.grad_entropy[first + i];
     }
-    for (int j = 0; j < rows.count; j += n) {
-      const Vec<float> value = load(row + j), power = exp(value - most);
-      Vec<float> change{};
-      if (rows.attended) {
-        const Vec<float> p = value < cut ? Vec<float>{} : power * inverse_kept;
-        store(row + j, p);
-        change = p * (load(weights + j) - mean);
+    const Vec<float> most = stats[0], inverse = stats[1], cut = stats[2], inverse_kept = stats[3], slope = stats[4];
+    if (!columns.known) scale_columns(scores, columns.count, columns.scale);
+    Vec<float> mean{};
+    if (columns.attended) {
+      for (int m = 0; m < columns.count; ++m) {
+        Vec<float> p = load(scores + m * kPanel);
+        if (!columns.known) p = p < cut ? Vec<float>{} : exp(p - most) * inverse_kept;
+        mean += p == 0.0f ? Vec<float>{} : p * load(weights + m * kPanel);
       }
-      if (rows.grad_entropy) {
-        const Vec<float> a = power * inverse;
-        change -= of_entropy * a * (log(a + kLeast) + a / (a + kLeast) + slope);
+    }
+    for (int m = 0; m < columns.count; ++m) {
+      Vec<float> change{}, p = load(scores + m * kPanel);
+      if (!columns.known) {
+        const Vec<float> power = exp(p - most);
+        p = p < cut ? Vec<float>{} : power * inverse_kept;
+        store(scores + m * kPanel, p);
+        if (columns.grad_entropy) {
+          const Vec<float> a = power * inverse;
+          change = -of_entropy * a * (log(a + kLeast) + a / (a + kLeast) + slope);
+        }
       }
-      store(weights + j, change * rows.scale);
+      if (columns.attended) change += p * (load(weights + m * kPanel) - mean);
+      store(weights + m * kPanel, change * columns.scale);
     }
   }
 }
@@ -226,7 +240,8 @@ void differentiate(const GradientRows& rows) {
 }  // namespace
 
 extern const AttentionKernels attention_kernels;
-const AttentionKernels attention_kernels = {kPanel, &pack, &pack_rows, &multiply, &attend, &differentiate};
+const AttentionKernels attention_kernels = {n,         kPanel,  &pack,         &pack_rows, &add_transposed,
+                                            &multiply, &attend, &differentiate};
 
 }  // namespace WSSS_ISA
 }  // namespace wsss

@@ -24,6 +24,7 @@ constexpr double kProductsPerThread = 2e6;  // some tens of microseconds
 constexpr int kSpan = 96;
 constexpr int kSpansPerThread = 4;  // between two meetings of the threads
 constexpr int kChannels = 512;      // of the features' gradient at once: the second cache
+constexpr int kWordsTurned = 16;    // whose gradients are turned to rows of their own at once: a cache line of each
 constexpr double kZero = 1e-12;     // a vector no longer than this counts as zero
 
 int64_t parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
@@ -59,6 +60,19 @@ class Panels {
   Buffer<float> data_;
 };
 
+// In double, in sums of their own: one after the other they would wait for each other.
+double dot(const float* a, const float* b, int64_t count) {
+  constexpr int kSums = 8;
+  double sums[kSums] = {}, sum = 0;
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums) {
+    for (int k = 0; k < kSums; ++k) sums[k] += double(a[i + k]) * b[i + k];
+  }
+  for (; i < count; ++i) sum += double(a[i]) * b[i];
+  for (int k = 0; k < kSums; ++k) sum += sums[k];
+  return sum;
+}
+
 // The words at unit length.
 struct Units {
   Units(const float* codebook, const HistogramShape& shape)
@@ -70,9 +84,7 @@ struct Units {
 
   void normalise(const Team& team) {
     for (int64_t m = team.begin(shape.words); m < team.end(shape.words); ++m) {
-      double squares = 0;
-      for (int64_t d = 0; d < shape.dim; ++d) squares += double(words[m * shape.dim + d]) * words[m * shape.dim + d];
-      const double norm = std::sqrt(squares);
+      const double norm = std::sqrt(dot(words + m * shape.dim, words + m * shape.dim, shape.dim));
       inverse_norm[m] = norm <= kZero ? 0.0f : float(1 / norm);
     }
   }
@@ -207,6 +219,7 @@ void soft_histogram_backward_cpu(const float* grad, const float* feats, const fl
   const int64_t chunk = std::min<int64_t>(spans, int64_t(threads) * kSpansPerThread), chunks = parts(spans, chunk);
   const Buffer<float> factors(grad_codebook ? size_t(chunk) * factor_size : 0);
   const Buffer<float> sums(grad_codebook ? size_t(shape.dim) * units.rows : 0);
+  const Buffer<float> word_sums(grad_codebook ? size_t(threads) * kWordsTurned * shape.dim : 0);
   std::vector<Scratch> scratches;
   for (int t = 0; t < threads; ++t) scratches.emplace_back(units, grad_feats != nullptr);
   std::vector<std::atomic<int64_t>> next(chunks);
@@ -283,12 +296,20 @@ void soft_histogram_backward_cpu(const float* grad, const float* feats, const fl
     }
     if (!grad_codebook) return;
     // From the unit words to the words: what lies along a word does not turn it.
-    for (int64_t m = team.begin(shape.words); m < team.end(shape.words); ++m) {
-      double along_word = 0;
-      for (int64_t d = 0; d < shape.dim; ++d) along_word += double(units(m, d)) * sums.get()[d * units.rows + m];
+    const int64_t word_blocks = parts(shape.words, kWordsTurned);
+    for (int64_t m = team.begin(word_blocks) * kWordsTurned; m < team.end(word_blocks) * kWordsTurned;
+         m += kWordsTurned) {
+      const int there = int(std::min<int64_t>(kWordsTurned, shape.words - m));
+      float* const by_words = word_sums.get() + int64_t(team.thread) * kWordsTurned * shape.dim;
       for (int64_t d = 0; d < shape.dim; ++d) {
-        grad_codebook[m * shape.dim + d] =
-            units.inverse_norm[m] * (sums.get()[d * units.rows + m] - units(m, d) * float(along_word));
+        for (int i = 0; i < there; ++i) by_words[i * shape.dim + d] = sums.get()[d * units.rows + m + i];
+      }
+      for (int i = 0; i < there; ++i) {
+        const float* const word = codebook + (m + i) * shape.dim;
+        const float* const sum = by_words + i * shape.dim;
+        const float norm = units.inverse_norm[m + i], along = float(norm * dot(word, sum, shape.dim)) * norm;
+        float* const target = grad_codebook + (m + i) * shape.dim;
+        for (int64_t d = 0; d < shape.dim; ++d) target[d] = norm * (sum[d] - word[d] * along);
       }
     }
   });

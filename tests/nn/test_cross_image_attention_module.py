@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import wsss_kernels as wk
+from wsss_kernels.ops.map_attention import map_attention
 
 
 def published(module, feats, memory, mask):
@@ -51,6 +52,94 @@ def test_published_module(heads, entries):
         # The keys' bias shifts all scores of a query alike: its gradient is 0 but for rounding.
         bound = 1e-5 * largest if name == "k_proj.bias" else 2e-5 * y.abs().max().item()
         assert (x - y).abs().max().item() <= bound, name
+
+
+@pytest.mark.parametrize("grad_last", [False, True])
+@pytest.mark.parametrize("feats_last", [False, True])
+@pytest.mark.parametrize("dim, entries", [(70, 67), (9, 130), (130, 1)])  # weights kept, found again, a single one
+def test_maps_as_they_lie(dim, entries, feats_last, grad_last):
+    """Channels first or last in memory, more than one panel of pixels, channels and entries."""
+    torch.manual_seed(dim)
+    module = wk.CrossImageAttention(dim)
+    for linear in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
+        torch.nn.init.normal_(linear.bias)
+    feats, grad = torch.randn(2, dim, 7, 19), torch.randn(2, dim, 7, 19)
+    feats = feats.to(memory_format=torch.channels_last) if feats_last else feats
+    grad = grad.to(memory_format=torch.channels_last) if grad_last else grad
+    feats.requires_grad_()
+    memory = torch.randn(entries, dim)
+    mask = torch.rand(2, entries) < 0.8
+    mask[:, 0] = True
+    wanted = [p for name, p in module.named_parameters() if name != "k_proj.bias"]
+    out = module(feats, memory, mask)
+    found = torch.autograd.grad(out, [feats, *wanted], grad)
+    right_feats = feats.detach().double().requires_grad_()
+    expected = published(module, right_feats, memory.double(), mask)
+    right = torch.autograd.grad(expected, [right_feats, *wanted], grad.double())
+    assert error(out.detach(), expected.detach()) < 1e-5
+    for x, y in zip(found, right, strict=True):
+        if entries == 1:  # softmax of one score: nothing but the values and their biases has a gradient
+            assert (x - y).abs().max() <= 1e-5 * max(y.abs().max().item(), grad.abs().max().item())
+        else:
+            assert error(x, y) < 2e-5
+    some = torch.autograd.grad(module(feats.detach(), memory, mask), wanted, grad)
+    assert all(torch.equal(x, y) for x, y in zip(some, found[1:], strict=True))
+
+
+def scene(dim=12, entries=20):
+    generator = torch.Generator().manual_seed(dim)
+    shapes = ((2, dim, 75), (1, entries, dim), (1, entries, dim), (1, entries), (dim,))
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes], torch.rand(
+        2, entries, generator=generator
+    ) < 0.6
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"threshold": 0.1}], ids=str)
+@pytest.mark.parametrize("entries", [20, 5])
+def test_map_attention_is_the_padded_op_in_float64(entries, options):
+    """With the entropy's gradient too."""
+    tensors, mask = scene(entries=entries)
+    right = [x.detach().double().requires_grad_() for x in tensors]
+    options = {"top_k": None, "threshold": None, "mask": mask, "scale": 0.3, "return_entropy": True, **options}
+    (out, entropy), (expected, right_entropy) = (map_attention(*x, **options) for x in (tensors, right))
+    assert error(out.detach(), expected.detach()) < 1e-5 and abs(entropy.item() - right_entropy.item()) < 1e-5
+    grad = torch.randn(out.shape)
+    ((out * grad).sum() + 20 * entropy).backward()
+    ((expected * grad.double()).sum() + 20 * right_entropy).backward()
+    for x, y in zip(tensors, right, strict=True):
+        assert error(x.grad, y.grad) < 1e-5
+
+
+def test_same_bits_for_any_number_of_threads():
+    tensors, mask = scene(dim=150, entries=90)
+    found, before = [], torch.get_num_threads()
+    tensors[0] = torch.randn(3, 150, 700, requires_grad=True)
+    mask = torch.rand(3, 90) < 0.6
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out, _ = map_attention(
+                *tensors, mask=mask, scale=0.1, top_k=None, threshold=None, return_entropy=False
+            )  # fmt: skip
+            found.append([out.detach(), *torch.autograd.grad(out, tensors[:4], out.detach())])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.native
+def test_opcheck_and_compile():
+    tensors, mask = scene(dim=6, entries=11)
+    flat = [tensors[0], *(x[0] for x in tensors[1:4]), tensors[4]]
+    flat = [x.detach().requires_grad_() for x in flat]
+    op = torch.ops.wsss_kernels.map_attention
+    torch.library.opcheck(op, (*flat, mask, 0.3, 0, 0.0, True))
+    torch.library.opcheck(op, (*flat, None, 0.3, 3, 0.1, False))
+    module = wk.CrossImageAttention(8)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True)
+    for size in (5, 9):
+        feats, memory = torch.randn(2, 8, size, 6), torch.randn(size, 8)
+        torch.testing.assert_close(compiled(feats, memory), module(feats, memory))
 
 
 def test_entropy_and_options_pass_through():

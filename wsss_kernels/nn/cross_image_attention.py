@@ -7,6 +7,7 @@ from torch import Tensor
 
 from wsss_kernels import _check
 from wsss_kernels.ops.cross_image_attention import cross_image_attention
+from wsss_kernels.ops.map_attention import map_attention
 
 
 class CrossImageAttention(torch.nn.Module):
@@ -19,10 +20,9 @@ class CrossImageAttention(torch.nn.Module):
 
         (f W_q^T + b_q) . (W_k m + b_k) = f . (W_q^T (W_k m + b_k)) + b_q . W_k m + a part that is the same for all m
 
-    and the values take W_o before they are summed. The second term joins the product as one more channel, on which
-    every f is 1. With more than one head each has its own keys and values of all channels; the projections are folded
-    where that is less work, else applied to the queries as written. Weights have the names, shapes and meaning of the
-    published module (`q_proj`, `k_proj`, `v_proj`, `out_proj`).
+    and the values take W_o before they are summed. With more than one head each has its own keys and values of all
+    channels; the projections are folded where that is less work, else applied to the queries as written. Weights have
+    the names, shapes and meaning of the published module (`q_proj`, `k_proj`, `v_proj`, `out_proj`).
 
     Args:
         dim: channels of features and memory.
@@ -78,42 +78,45 @@ class CrossImageAttention(torch.nn.Module):
             if tensor.shape[1] != self.dim:
                 raise ValueError(f"{name} must have {self.dim} channels, got {_check.describe(tensor)}")
         batch, dim, height, width = feats.shape
-        queries = feats.flatten(2).transpose(1, 2)  # [B, H W, dim]
         # A folding costs heads M dim^2 and makes the attention's products heads times as long; a projection of the
         # queries costs B H W dim^2. There are two of each.
         entries, pixels, heads = memory.shape[0], batch * height * width, self.num_heads
         folded = heads * entries * dim + (heads - 1) * pixels * entries <= pixels * dim
-        query, keys, values = (self._fold if folded else self._project)(queries, memory)
-        found = cross_image_attention(
-            query, keys, values, mask=mask, scale=(dim // self.num_heads) ** -0.5, top_k=self.top_k,
-            threshold=self.threshold, return_entropy=return_entropy,
-        )  # fmt: skip
-        out, entropy = found if isinstance(found, tuple) else (found, None)
-        if folded:  # summed over the heads, without the channel of the keys' bias
-            out = (out.flatten(0, 1) if heads == 1 else out.sum(1))[..., :dim] + self.out_proj.bias.to(out.dtype)
-        else:
-            out = self.out_proj(out.transpose(1, 2).flatten(2).to(self.out_proj.weight.dtype))
-        out = out.transpose(1, 2).reshape(batch, dim, height, width).to(feats.dtype)
+        attend = self._fold if folded else self._project
+        out, entropy = attend(feats.flatten(2), memory.to(self.k_proj.weight.dtype), mask, return_entropy)
+        out = out.reshape(batch, dim, height, width).to(feats.dtype)
         return out if entropy is None else (out, entropy)
 
-    def _fold(self, queries: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _fold(
+        self, feats: Tensor, memory: Tensor, mask: Tensor | None, return_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         heads, own = self.num_heads, self.dim // self.num_heads
-        memory = memory.to(self.k_proj.weight.dtype)
         keys = self.k_proj(memory).view(-1, heads, own).transpose(0, 1)  # [heads, M, own]
         values = self.v_proj(memory).view(-1, heads, own).transpose(0, 1)
-        folded = keys @ self.q_proj.weight.view(heads, own, self.dim)  # [heads, M, dim]
-        bias = keys @ self.q_proj.bias.view(heads, own, 1)
-        mixed = values @ self.out_proj.weight.view(self.dim, heads, own).permute(1, 2, 0)
-        query = torch.nn.functional.pad(queries, (0, 1), value=1.0)[:, None].expand(-1, heads, -1, -1)
-        return query, torch.cat([folded, bias.to(folded.dtype)], -1), torch.nn.functional.pad(mixed, (0, 1))
+        return map_attention(
+            feats,
+            keys @ self.q_proj.weight.view(heads, own, self.dim),  # [heads, M, dim]
+            values @ self.out_proj.weight.view(self.dim, heads, own).permute(1, 2, 0),
+            (keys @ self.q_proj.bias.view(heads, own, 1))[..., 0],
+            self.out_proj.bias, mask=mask, scale=own**-0.5, top_k=self.top_k, threshold=self.threshold,
+            return_entropy=return_entropy,
+        )  # fmt: skip
 
-    def _project(self, queries: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, feats: Tensor, memory: Tensor, mask: Tensor | None, return_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         def by_heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, -1)).transpose(-3, -2)
 
-        memory = memory.to(self.k_proj.weight.dtype)
-        query = self.q_proj(queries.to(self.q_proj.weight.dtype))
-        return by_heads(query), by_heads(self.k_proj(memory)), by_heads(self.v_proj(memory))
+        query = self.q_proj(feats.transpose(1, 2).to(self.q_proj.weight.dtype))
+        found = cross_image_attention(
+            by_heads(query), by_heads(self.k_proj(memory)), by_heads(self.v_proj(memory)), mask=mask,
+            scale=(self.dim // self.num_heads) ** -0.5, top_k=self.top_k, threshold=self.threshold,
+            return_entropy=return_entropy,
+        )  # fmt: skip
+        out, entropy = found if isinstance(found, tuple) else (found, None)
+        out = self.out_proj(out.transpose(1, 2).flatten(2).to(self.out_proj.weight.dtype))
+        return out.transpose(1, 2), entropy
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, top_k={self.top_k}, threshold={self.threshold}"

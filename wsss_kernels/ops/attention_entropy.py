@@ -77,18 +77,18 @@ def _entropy_backward_cpu(
     grad: Tensor, query: Tensor, keys: Tensor, mask: Tensor | None, stats: Tensor, scale: float, wants_query: bool,
     wants_keys: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return attention_backward_cpu(query, grad, query, keys, None, mask, query, stats, scale, wants_query, wants_keys)[
-        :2
-    ]
+    return attention_backward_cpu(
+        query, grad, query, keys, None, mask, query, stats, None, scale, wants_query, wants_keys
+    )[:2]
 
 
 def _entropy_backward_cuda(
     grad: Tensor, query: Tensor, keys: Tensor, mask: Tensor | None, stats: Tensor, scale: float, wants_query: bool,
     wants_keys: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return attention_backward_cuda(query, grad, query, keys, None, mask, query, stats, scale, wants_query, wants_keys)[
-        :2
-    ]
+    return attention_backward_cuda(
+        query, grad, query, keys, None, mask, query, stats, None, scale, wants_query, wants_keys
+    )[:2]
 
 
 def _entropy_fake(query: Tensor, keys: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

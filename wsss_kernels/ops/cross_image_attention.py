@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from wsss_kernels import _check, _dispatch, reference
 
 STATS = 5  # kAttentionStats
+PANEL = 64  # kAttentionPanel
 
 
 def cross_image_attention(
@@ -30,7 +32,8 @@ def cross_image_attention(
     Kept are of the allowed entries the top_k strongest (ties with the last of them too), and of these the ones whose
     softmax over all allowed entries is at least threshold; their weights sum to 1 again. Forbidden entries are left
     out, not computed and masked: the time follows the number of allowed ones, and what they hold (NaN) is never read.
-    Scores live for some queries at a time, and are computed again for the gradient. A query with nothing kept gives 0.
+    Scores live for some queries at a time; the CPU keeps the weights for the gradient where no image allows more than d
+    entries (they are less than the query then), else they are computed again. A query with nothing kept gives 0.
 
     Args:
         query: [B, heads, S, d], d >= 1; float16, bfloat16, float32 (float32 arithmetic), or float64 (the reference).
@@ -69,13 +72,7 @@ def cross_image_attention(
         raise ValueError(f"values must have the shape of keys {list(keys.shape)}, got {_check.describe(values)}")
     _check.same_device("query", query, "values", values)
     scale = check_scale(scale)
-    if top_k is not None:
-        top_k = _check.whole("top_k", top_k, "a whole number >= 1 or None", least=1)
-    if threshold is not None:
-        contract = "a number from 0 to 1 (of a weight) or None"
-        threshold = _check.number("threshold", threshold, contract, least=0)
-        if threshold > 1:
-            raise ValueError(f"threshold must be {contract}, got {threshold}")
+    top_k, threshold = check_choice(top_k, threshold)
     if not isinstance(return_entropy, bool):
         raise TypeError(f"return_entropy must be a bool, got {_check.describe(return_entropy)}")
     if not runs_native("cross_image_attention", query, keys, values):
@@ -84,9 +81,9 @@ def cross_image_attention(
         )
     arguments = (query, keys, values, mask, scale or 0.0, top_k or 0, threshold or 0.0, return_entropy)
     if _dispatch.calls_directly(query, keys, values):
-        out, entropy, _ = (attention_cuda if query.is_cuda else attention_cpu)(*arguments)
+        out, entropy = (attention_cuda if query.is_cuda else attention_cpu)(*arguments)[:2]
     else:
-        out, entropy, _ = torch.ops.wsss_kernels.cross_image_attention(*arguments)
+        out, entropy, _, _ = torch.ops.wsss_kernels.cross_image_attention(*arguments)
     return (out, mean_entropy(entropy, query.dtype)) if return_entropy else out
 
 
@@ -111,6 +108,17 @@ def check_memory(query: Tensor, keys: Tensor, mask: Tensor | None) -> None:
     _check.same_device("query", query, "mask", mask)
 
 
+def check_choice(top_k: int | None, threshold: float | None) -> tuple[int | None, float | None]:
+    if top_k is not None:
+        top_k = _check.whole("top_k", top_k, "a whole number >= 1 or None", least=1)
+    if threshold is not None:
+        contract = "a number from 0 to 1 (of a weight) or None"
+        threshold = _check.number("threshold", threshold, contract, least=0)
+        if threshold > 1:
+            raise ValueError(f"threshold must be {contract}, got {threshold}")
+    return top_k, threshold
+
+
 def check_scale(scale: float | None) -> float | None:
     return None if scale is None else _check.number("scale", scale, "a number > 0 or None", above=0)
 
@@ -128,27 +136,40 @@ def mean_entropy(entropy: Tensor, dtype: torch.dtype) -> Tensor:
 
 _dispatch.LIBRARY.define(
     "cross_image_attention(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale, int top_k, "
-    "float threshold, bool wants_entropy) -> (Tensor, Tensor, Tensor)"
+    "float threshold, bool wants_entropy) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _dispatch.LIBRARY.define(
     "cross_image_attention_backward(Tensor grad, Tensor? grad_entropy, Tensor query, Tensor keys, Tensor values, "
-    "Tensor? mask, Tensor out, Tensor stats, float scale, bool wants_query, bool wants_memory) -> "
+    "Tensor? mask, Tensor out, Tensor stats, Tensor weights, float scale, bool wants_query, bool wants_memory) -> "
     "(Tensor, Tensor, Tensor)"
 )
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def _sizes(query: Tensor, keys: Tensor) -> list[int]:
     batch, heads, queries, dim = query.shape
-    return [batch, heads, queries, keys.shape[-2], dim]
+    return [batch, heads, queries, keys.shape[-2], dim, keys.dim() == 3, False, False, False]
+
+
+def weights_shape(query: Tensor, entries: int) -> list[int]:
+    """Of the weights kept for the gradient, of queries [..., S, d]; [0]: none."""
+    queries, dim = query.shape[-2:]
+    if query.device.type != "cpu" or entries > 8 * dim:
+        return [0]
+    return [*query.shape[:-2], entries, (queries + PANEL - 1) // PANEL * PANEL]
+
+
+def room_for_weights(query: Tensor, entries: int) -> Tensor:
+    """Zeros. numpy's take no memory until written, and only the part of allowed entries is."""
+    return torch.from_numpy(np.zeros(weights_shape(query, entries), dtype=np.float32))
 
 
 def attention_cpu(
     query: Tensor, keys: Tensor, values: Tensor | None, mask: Tensor | None, scale: float, top_k: int,
-    threshold: float, wants_entropy: bool,
+    threshold: float, wants_entropy: bool, weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     assert _dispatch.native is not None
     q, k = _dispatch.as_kernel_input(query), _dispatch.as_kernel_input(keys)
@@ -159,16 +180,24 @@ def attention_cpu(
     stats = torch.empty(*q.shape[:3], STATS)
     if q.numel():
         _dispatch.native.cross_image_attention(
-            q.data_ptr(), k.data_ptr(), _address(v), _address(allowed), 0 if v is None else out.data_ptr(),
-            entropy.data_ptr() if wants_entropy else 0, stats.data_ptr(), _sizes(q, k), k.dim() == 3,
+            q.data_ptr(), [k.data_ptr(), address(v), 0, 0, address(allowed)], 0 if v is None else out.data_ptr(),
+            entropy.data_ptr() if wants_entropy else 0, stats.data_ptr(), address(weights), _sizes(q, k),
             scale or q.shape[3] ** -0.5, top_k, threshold, torch.get_num_threads(),
         )  # fmt: skip
     return _dispatch.as_output(out, query.dtype), entropy, stats
 
 
+def _attention_cpu(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, top_k: int, threshold: float,
+    wants_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    weights = room_for_weights(query, keys.shape[-2])
+    return *attention_cpu(query, keys, values, mask, scale, top_k, threshold, wants_entropy, weights), weights
+
+
 def attention_backward_cpu(
     grad: Tensor, grad_entropy: Tensor | None, query: Tensor, keys: Tensor, values: Tensor | None, mask: Tensor | None,
-    out: Tensor, stats: Tensor, scale: float, wants_query: bool, wants_memory: bool,
+    out: Tensor, stats: Tensor, weights: Tensor | None, scale: float, wants_query: bool, wants_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     assert _dispatch.native is not None
     q, k = _dispatch.as_kernel_input(query), _dispatch.as_kernel_input(keys)
@@ -181,9 +210,8 @@ def attention_backward_cpu(
     grad_values = torch.zeros(k.shape if wants_memory and v is not None else 0)
     if q.numel():
         _dispatch.native.cross_image_attention_backward(
-            _address(g), _address(e), q.data_ptr(), k.data_ptr(), _address(v), _address(allowed), stats.data_ptr(),
-            grad_query.data_ptr() if wants_query else 0, grad_keys.data_ptr() if wants_memory else 0,
-            grad_values.data_ptr() if wants_memory and v is not None else 0, _sizes(q, k), k.dim() == 3,
+            address(g), address(e), q.data_ptr(), [k.data_ptr(), address(v), 0, 0, address(allowed)], stats.data_ptr(),
+            address(weights), [grad_query.data_ptr(), grad_keys.data_ptr(), grad_values.data_ptr(), 0], _sizes(q, k),
             scale or q.shape[3] ** -0.5, torch.get_num_threads(),
         )  # fmt: skip
     return (
@@ -199,27 +227,35 @@ def attention_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return cross_image_attention(*arguments)
 
 
-def attention_backward_cuda(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_cuda(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *attention_cuda(query, *arguments), query.new_empty(0, dtype=torch.float32)
+
+
+def attention_backward_cuda(
+    grad: Tensor, grad_entropy: Tensor | None, query: Tensor, keys: Tensor, values: Tensor | None, mask: Tensor | None,
+    out: Tensor, stats: Tensor, weights: Tensor | None, *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from wsss_kernels.triton.cross_image_attention import cross_image_attention_backward
 
-    return cross_image_attention_backward(*arguments)
+    return cross_image_attention_backward(grad, grad_entropy, query, keys, values, mask, out, stats, *arguments)
 
 
 def _attention_fake(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, top_k: int,
     threshold: float, wants_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     rows = query.shape[:3]
     return (
         query.new_empty(query.shape),
         query.new_empty(rows if wants_entropy else 0, dtype=torch.float32),
         query.new_empty(*rows, STATS, dtype=torch.float32),
+        query.new_empty(weights_shape(query, keys.shape[-2]), dtype=torch.float32),
     )
 
 
 def _attention_backward_fake(
     grad: Tensor, grad_entropy: Tensor | None, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None,
-    out: Tensor, stats: Tensor, scale: float, wants_query: bool, wants_memory: bool,
+    out: Tensor, stats: Tensor, weights: Tensor, scale: float, wants_query: bool, wants_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         query.new_empty(query.shape if wants_query else 0),
@@ -229,25 +265,26 @@ def _attention_backward_fake(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, keys, values, mask, scale, _, _, wants_entropy = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.scale, ctx.wants_entropy = scale, wants_entropy
-    ctx.save_for_backward(query, keys, values, mask, output[0], output[2])
+    query, keys, values, mask, ctx.scale, _, _, _ = inputs
+    out, _, stats, weights = output
+    ctx.mark_non_differentiable(stats, weights)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, keys, values, mask, out, stats, weights)
 
 
-def _backward(ctx, grad, grad_entropy, _):  # type: ignore[no-untyped-def]
-    query, keys, values, mask, out, stats = ctx.saved_tensors
+def _backward(ctx, grad, grad_entropy, *_):  # type: ignore[no-untyped-def]
+    query, keys, values, mask, out, stats, weights = ctx.saved_tensors
     wants_query, wants_keys, wants_values = ctx.needs_input_grad[:3]
     found = torch.ops.wsss_kernels.cross_image_attention_backward(
-        grad, grad_entropy if ctx.wants_entropy else None, query, keys, values, mask, out, stats, ctx.scale,
-        wants_query, wants_keys or wants_values,
+        torch.zeros_like(out) if grad is None else grad, grad_entropy, query, keys, values, mask, out, stats, weights,
+        ctx.scale, wants_query, wants_keys or wants_values,
     )  # fmt: skip
     wanted = (wants_query, wants_keys, wants_values)
     return *(g if wants else None for g, wants in zip(found, wanted, strict=True)), None, None, None, None, None
 
 
-_dispatch.LIBRARY.impl("cross_image_attention", attention_cpu, "CPU")
-_dispatch.LIBRARY.impl("cross_image_attention", attention_cuda, "CUDA")
+_dispatch.LIBRARY.impl("cross_image_attention", _attention_cpu, "CPU")
+_dispatch.LIBRARY.impl("cross_image_attention", _attention_cuda, "CUDA")
 _dispatch.LIBRARY.impl("cross_image_attention_backward", attention_backward_cpu, "CPU")
 _dispatch.LIBRARY.impl("cross_image_attention_backward", attention_backward_cuda, "CUDA")
 torch.library.register_fake("wsss_kernels::cross_image_attention", _attention_fake, lib=_dispatch.LIBRARY)
