@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         int: 0 done, 1 some pictures failed (each named, the rest finished), 2 wrong arguments, 130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    # Read when torch is loaded. Its threads meet after every operation and by default turn in circles until the last is
+    # there; on a machine that does other work too, or reads pictures meanwhile, that takes most of the time there is.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     command = next((word for word in argv if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="wsss", description="Weakly-supervised segmentation from the command line.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
