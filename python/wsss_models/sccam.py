@@ -87,7 +87,6 @@ PRESETS = {
         strides=_PLAIN.strides,
         width=_PLAIN.width,
         norm=_PLAIN.norm,
-        dropout=_PLAIN.dropout,
         recipe=_PLAIN.recipe,
     ),
 }

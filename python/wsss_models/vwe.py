@@ -78,6 +78,7 @@ _TINY = Config(
     norm="train",
     cut=None,
     words=32,  # a picture has 12 x 12 pixels
+    pooling="gap",  # a maximum is content with one pixel: CAMs of parts, where nothing is pretrained to see more
     memory_rate=0.05,  # 300 steps
     recipe=Recipe(
         epochs=20, batch_size=16, crop=96, lr=0.05, lr_multiples=(1, 1, 1, 1), momentum=0.9, weight_decay=5e-4
@@ -94,7 +95,8 @@ PRESETS = {
 ABLATIONS = {
     "GAP, no words": ["classifier.pooling=gap", "classifier.codebook=none"],
     "GMP, no words": ["classifier.pooling=gmp", "classifier.codebook=none"],
-    "HSPP, no words": ["classifier.codebook=none"],
+    "HSPP, no words": ["classifier.pooling=hspp", "classifier.codebook=none"],
+    "HSPP": ["classifier.pooling=hspp"],
     "GAP": ["classifier.pooling=gap"],
     "GMP": ["classifier.pooling=gmp"],
     "codebook by memory": ["classifier.codebook=memory"],

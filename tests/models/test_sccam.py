@@ -199,8 +199,9 @@ def test_settings():
     assert with_settings(config, ["epochs=35", "round=2"]).last_epoch == 35
     tiny, plain = preset("sccam", "tiny"), preset("classifier", "tiny")
     assert tiny.last_epoch == plain.recipe.epochs and tiny.recipe == plain.recipe
-    for name in ("backbone", "width", "strides", "norm", "dropout"):
+    for name in ("backbone", "width", "strides", "norm"):
         assert getattr(tiny, name) == getattr(plain, name)
+    assert tiny.dropout == config.dropout == 0.5
     for text, message in (
         ("clusters=0", "clusters must be at least 1"),
         ("rounds=-1", "rounds must be at least 0"),

@@ -14,7 +14,7 @@ from wsss_models.systems import preset, with_settings
 
 
 def small(**changes):
-    config = replace(vwe.PRESETS["tiny"], num_classes=3, width=2, words=5, **changes)
+    config = replace(vwe.PRESETS["tiny"], **{"num_classes": 3, "width": 2, "words": 5, "pooling": "hspp", **changes})
     torch.manual_seed(0)
     model = vwe.Model(config).double().eval()
     if config.codebook == "memory":
@@ -281,7 +281,16 @@ def test_it_learns_and_resumes_with_the_same_bits(colours, tmp_path, which):
 
     def make(seed):
         torch.manual_seed(seed)
-        settings = ("num_classes=3", "width=4", "words=6", "batch_size=6", "epochs=6", "lr=0.02", "crop=32")
+        settings = (
+            "num_classes=3",
+            "width=4",
+            "words=6",
+            "pooling=hspp",
+            "batch_size=6",
+            "epochs=6",
+            "lr=0.02",
+            "crop=32",
+        )
         return vwe.Model(with_settings(preset("vwe", which), settings))
 
     whole, other = make(0), make(1)

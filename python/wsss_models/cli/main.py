@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         141 when what reads the output has gone.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    # Read when torch is loaded. Its threads meet after every operation and by default turn in circles until the last is
+    # there; on a machine that does other work too, or reads pictures meanwhile, that takes most of the time there is.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     command = next((word for word in argv if not word.startswith("-")), None)
     parser = argparse.ArgumentParser(prog="wsss", description="Weakly-supervised segmentation from the command line.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")

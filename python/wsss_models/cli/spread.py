@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +23,9 @@ from wsss_models.infer import load_run, run_hash
 from wsss_models.recipe import NORMALISATIONS
 
 _FORMAT = 1  # raised when the same settings give other labels
+# At once on a CPU, each with its share of the threads: threads of one picture meet at the end of every small operation,
+# and on a busy machine each time wait for one that does not run.
+_PICTURES = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,34 +69,48 @@ def run(arguments: argparse.Namespace) -> int:
     written = kept = failures = 0
     began = time.monotonic()
     numbers = range(index, len(pictures), count)
-    with Progress(len(numbers)) as progress:
-        for i in numbers:
-            name = pictures.ids[i]
-            try:
-                source, target = inside(arguments.cams, name, ".npz"), inside(arguments.out, name, ".png")
-                inputs = [fingerprint(pictures.image_path(i)), fingerprint(source)]
-                text = json.dumps({**settings, "inputs": inputs})
-                if png_settings(target) == text:
-                    kept += 1
-                    continue
-                class_ids, cams = read_maps(source, num_classes=len(pictures.classes))
-                image = pictures.image(i)
-                label = torch.zeros(image.shape[:2], dtype=torch.int64)
-                if len(class_ids):
-                    maps = torch.from_numpy(cams)[None].to(device)
-                    x = normalise(image)[None].to(device)
-                    label = model.labels(x, maps, class_ids=class_ids.tolist(), **options)[0].cpu()
-            except (ValueError, MemoryError) as error:
-                failures += 1
-                progress.say(f"failed: {shown(name)}: {error}")
-                continue
-            finally:
+
+    def spread(i: int) -> bool:
+        """False: it is there already."""
+        name = pictures.ids[i]
+        source, target = inside(arguments.cams, name, ".npz"), inside(arguments.out, name, ".png")
+        inputs = [fingerprint(pictures.image_path(i)), fingerprint(source)]
+        text = json.dumps({**settings, "inputs": inputs})
+        if png_settings(target) == text:
+            return False
+        class_ids, cams = read_maps(source, num_classes=len(pictures.classes))
+        image = pictures.image(i)
+        label = torch.zeros(image.shape[:2], dtype=torch.int64)
+        if len(class_ids):
+            maps = torch.from_numpy(cams)[None].to(device)
+            x = normalise(image)[None].to(device)
+            label = model.labels(x, maps, class_ids=class_ids.tolist(), **options)[0].cpu()
+        try:
+            write_label(target, label.numpy(), settings=text)
+        except OSError as error:
+            raise UsageError(f"--out must be a folder that can be written to ({error})") from None
+        return True
+
+    threads = torch.get_num_threads()
+    together = 1 if device.type == "cuda" else min(threads, _PICTURES)
+    share = partial(torch.set_num_threads, threads // together)
+    with Progress(len(numbers)) as progress, ThreadPoolExecutor(together, initializer=share) as pool:
+        try:
+            for i, future in [(i, pool.submit(spread, i)) for i in numbers]:
+                try:
+                    done = future.result()
+                    written, kept = written + done, kept + (not done)
+                except UsageError:
+                    raise
+                except (ValueError, MemoryError) as error:
+                    failures += 1
+                    progress.say(f"failed: {shown(pictures.ids[i])}: {error}")
                 progress.add()
-            try:
-                write_label(target, label.numpy(), settings=text)
-            except OSError as error:
-                raise UsageError(f"--out must be a folder that can be written to ({error})") from None
-            written += 1
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            torch.set_num_threads(threads)
     already = f", {kept} already done" if kept else ""
     seconds = time.monotonic() - began
     print(f"{written} written{already}, {failures} failed in {seconds:.1f} s; labels in {shown(arguments.out)}")
