@@ -68,7 +68,7 @@ def test_stages_that_train_on_cams(folder, tmp_path, capsys, system):
     )  # of all classes, where only the present ones cost anything
     again = ["--labels", f"{tmp_path}/run/labels", "--set", "epochs=1"]
     assert train(system, folder, tmp_path / "other", *again, "--weights", f"{tmp_path}/run/checkpoint.pt") == 0
-    assert "new: none" in capsys.readouterr().out
+    assert "new tensors: none" in capsys.readouterr().out
     spread = ["spread", "--run", f"{tmp_path}/run", "--data", f"{folder}", "--out", f"{tmp_path}/spread"]
     spread += ["--cams", f"{tmp_path}", "--device", "cpu"]
     assert main(spread) == 0
