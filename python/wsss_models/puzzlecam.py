@@ -82,7 +82,7 @@ PRESETS = {
         backbone="resnet18",
         strides=(2, 1, 2, 1),  # small pictures: output stride 8
         width=24,
-        alpha=1.0,  # 4 keeps a network that begins with random weights from learning its classes
+        alpha=0.25,  # 4 keeps a network that begins with random weights from learning its classes, 1 shrinks its maps
         recipe=Recipe(
             epochs=20, batch_size=16, crop=96, lr=0.05, lr_multiples=(1, 1, 1, 1), momentum=0.9, weight_decay=5e-4
         ),
