@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,19 @@ def made(tmp_path, capsys) -> Path:
     assert main(["data", "synth", str(tmp_path / "set"), *arguments]) == 0
     assert "9 pictures in train, 3 in val, 3 classes, 48 x 64 pixels" in capsys.readouterr().out
     return tmp_path / "set"
+
+
+def test_a_broken_pipe_of_a_worker_is_a_fault():
+    code = """
+from wsss_models.cli import data
+from wsss_models.cli.main import main
+def run(arguments):
+    raise BrokenPipeError("worker")
+data.run = run
+main(["data", "check", "."])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.endswith("BrokenPipeError: worker\n")
 
 
 def check(root: Path, capsys, *more: str) -> tuple[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -81,9 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f'wsss {command} needs {error.name}: pip install "wsss-kernels[{extra}]"', file=sys.stderr)
         return WRONG_ARGUMENTS
-    except BrokenPipeError:  # `| head` has seen enough; nothing is left for the interpreter to flush
+    except BrokenPipeError:
+        if not _reader_is_gone():  # a worker's pipe, say: a fault
+            raise
+        # `| head` has seen enough; nothing is left for the interpreter to flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NOBODY_READS
     except KeyboardInterrupt:
         print(f"wsss {command}: interrupted; the same command continues where it stopped", file=sys.stderr)
         return INTERRUPTED
+
+
+def _reader_is_gone() -> bool:
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

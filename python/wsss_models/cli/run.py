@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, metavar="N", help="of everything random (0)")
     add("--split", metavar="NAME", help="that is learnt from; default: train, or all pictures of a set without splits")
-    add("--val-split", metavar="NAME", help="that is segmented; default: val, or, without splits, --split")
+    add("--val-split", metavar="NAME", help="that is segmented; default: val, or, without another split, --split")
     add("--weights", type=Path, metavar="FILE", help="public weights of the system's backbone")
     add(
         "--segmentation-weights",
