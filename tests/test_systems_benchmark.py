@@ -29,6 +29,7 @@ def test_rows_and_differences(tmp_path, capsys):
         f"{tmp_path / 'out'}",
         "--systems",
         "irnet",
+        "classifier:image",
         "--seeds",
         "3",
         "4",
@@ -43,29 +44,34 @@ def test_rows_and_differences(tmp_path, capsys):
     assert path.name.startswith("systems--")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     scores = {}
-    for name in ("classifier", "irnet"):
+    minutes = {}
+    for name, refiner in (("classifier:none", "none"), ("irnet", "irnet"), ("classifier:image", "image")):
         for seed in (3, 4):
-            record = json.loads((tmp_path / "out" / f"{name}-seed{seed}" / "results.json").read_text())
-            assert record["seed"] == seed
+            folder = tmp_path / "out" / f"{name.replace(':', '-')}-seed{seed}"
+            record = json.loads((folder / "results.json").read_text())
+            assert (record["seed"], record["refiner"]) == (seed, refiner)
+            minutes[name, seed] = sum(record["stages"].values()) / 60
             scores[name, seed] = {row["stage"]: 100 * row["miou"] for row in record["rows"]}
     for row in rows:
         assert row["miou"] == scores[row["system"], row["seed"]][row["stage"]]
-        assert row["baseline"] == scores["classifier", row["seed"]].get(row["stage"])
+        assert row["baseline"] == scores["classifier:none", row["seed"]].get(row["stage"])
+        assert row["minutes"] == minutes[row["system"], row["seed"]] > 0
         assert row["op"] == "systems" and row["preset"] == "tiny" and "epochs=1" in row["settings"]
-    assert len(rows) == sum(map(len, scores.values())) == 2 * (5 + 4)
-    changes = [scores["irnet", seed]["labels"] - scores["classifier", seed]["labels"] for seed in (3, 4)]
+    assert len(rows) == sum(map(len, scores.values())) == 2 * (3 + 4 + 5)
     lines = printed[printed.index("mean IoU %") :].splitlines()
-    expected = f"{statistics.fmean(changes):+.1f} ± {statistics.stdev(changes) / 2**0.5:.1f}"
-    (last,) = (line for line in lines if line.startswith("irnet - classifier"))
-    assert last.endswith(expected) and "+0.0 ± 0.0" in last  # the CAMs are shared
-    assert [line.split("  ")[0] for line in lines[1:5]] == [
-        "classifier, seed 3",
-        "classifier, seed 4",
-        "irnet, seed 3",
-        "irnet, seed 4",
-    ]
+    for name in ("irnet", "classifier:image"):
+        changes = [scores[name, seed]["labels"] - scores["classifier:none", seed]["labels"] for seed in (3, 4)]
+        expected = f"{statistics.fmean(changes):+.1f} ± {statistics.stdev(changes) / 2**0.5:.1f}"
+        (last,) = (line for line in lines if line.startswith(f"{name} - classifier:none"))
+        assert last.rstrip().endswith(expected) and "+0.0 ± 0.0" in last  # the CAMs are shared
+    first = [f"{name}, seed {seed}" for name in ("classifier:none", "irnet", "classifier:image") for seed in (3, 4)]
+    assert [line.split("  ")[0] for line in lines[1:7]] == first
+    assert lines[1].endswith(f"{minutes['classifier:none', 3]:.1f}")
     assert (tmp_path / "out" / "set-seed3" / "synth.json").read_text() != (
         tmp_path / "out" / "set-seed4" / "synth.json"
     ).read_text()
+    with pytest.raises(SystemExit):
+        systems.main(["--out", f"{tmp_path / 'out'}", "--systems", "unknown:image"])
+    assert "must be SYSTEM or SYSTEM:REFINER" in capsys.readouterr().err
     assert systems.main(["--out", f"{tmp_path / 'out'}", "--seeds", "3", "--data-args", "--images 14"]) == 2
     assert "must be a new or empty folder" in capsys.readouterr().err
