@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -68,14 +69,40 @@ def test_cams_are_averaged_down_and_stretched_up_to_the_features(wk, cams):
 
 
 def test_image_method_walks_on_colours(wk, cams, picture):
+    """At a grid of 32 between 8 and 25 steps, by the share of the picture that an image's maps cover."""
     grid = grid_size(40, 60, 32)
-    expected = walked(F.interpolate(cams.double(), grid, mode="bilinear"), walk_features(picture, grid), 16, scale=1.0)
-    expected = F.interpolate(expected, (40, 60), mode="bilinear", align_corners=False)
-    close(wk.refine_cams(cams, picture, method="image", grid=32, size="feats", normalize=None), expected, 1e-4)
+    cams = torch.stack([cams[0] ** 60, cams[1], cams[0] ** 10])  # little, much, and in between
+    feats = walk_features(picture[[0, 1, 1]], grid)
+    resized = F.interpolate(cams.double(), grid, mode="bilinear")
+    share = (resized.amax(dim=1) / resized.amax(dim=(1, 2, 3))[:, None, None]).mean(dim=(1, 2))
+    weight = (torch.log(share / 0.06) / math.log(0.3 / 0.06)).clamp(0, 1)[:, None, None, None]
+    assert weight[0] < weight[2] < weight[1] == 1
+    short, long = (walked(resized, feats, steps, scale=1.0) for steps in (8, 25))
+    mixed = weight * short + (1 - weight) * long
+    for steps, expected in (("auto", mixed), (8, short)):
+        expected = F.interpolate(expected, (40, 60), mode="bilinear", align_corners=False)
+        options = {"method": "image", "grid": 32, "steps": steps, "size": "feats", "normalize": None}
+        close(wk.refine_cams(cams, picture[[0, 1, 1]], **options), expected, 1e-4)
     close(
-        wk.refine_cams(cams, picture.float(), method="image"),
-        wk.refine_cams(cams, picture, method="image"),
+        wk.refine_cams(cams[:2], picture.float(), method="image"),
+        wk.refine_cams(cams[:2], picture, method="image"),
     )
+
+
+def test_image_method_counts_no_background_as_cover(wk, cams, picture):
+    options = {"method": "image", "normalize": None}
+    with_background = wk.refine_cams(cams**20, picture, background=1, **options)
+    close(with_background[:, 1:], wk.refine_cams(cams**20, picture, **options), 1e-6)
+
+
+def test_image_method_of_nothing_and_of_nan(wk, cams, picture):
+    cams = torch.cat([cams[:, :2], torch.zeros_like(cams[:, :1])], dim=1)
+    cams[0] = 0
+    cams[1, 1, 3, 4] = float("nan")
+    refined = wk.refine_cams(cams, picture, method="image", normalize=None)
+    assert (refined[0] == 0).all() and (refined[1, 2] == 0).all() and refined[1, 1].isnan().any()
+    assert refined[1, 0].isfinite().all()
+    assert wk.refine_cams(cams[:, :0], picture, method="image").shape == (2, 0, 12, 17)
 
 
 def test_guide_is_a_second_walk_at_the_picture(wk, cams, feats, picture):

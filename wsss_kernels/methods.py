@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,20 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wsss_kernels import _check
+from wsss_kernels import _check, _maps
 from wsss_kernels.colour import check_picture, grid_size, walk_features
 from wsss_kernels.labels import background_threshold
 from wsss_kernels.ops.attention_walk import attention_walk
 from wsss_kernels.ops.boundary_affinity import boundary_affinity
 from wsss_kernels.ops.dense_crf import dense_crf
-from wsss_kernels.ops.feature_walk import feature_walks
+from wsss_kernels.ops.feature_walk import Walk, feature_walks
 from wsss_kernels.ops.mask_vote import check_segments, mask_vote
 from wsss_kernels.ops.pixel_adaptive import pixel_adaptive
 from wsss_kernels.ops.random_walk import random_walk
 
 Size = tuple[int, int]
 Reader = Callable[[str, Any, bool], Any]  # name, argument, whether of a single image -> the argument with a batch
-Given = tuple[Tensor, Any, Size]  # maps on the grid, input, grid
+Given = tuple[Tensor, Any, Size, int]  # maps on the grid, input, grid, how many maps at the front are background
 
 # What a published pipeline sets: (method, background, options).
 PRESETS: dict[str, tuple[str, float | None, dict[str, Any]]] = {
@@ -77,39 +78,76 @@ class Stage:
     background: Callable[[Tensor], Tensor] | None = None  # where maps compete: the one they have if the caller has none
 
 
-# Steps at a grid of 128 of: a walk on features, a walk on colours (240 and 256 are equally good on most photographs,
-# fewer leak less), and the short walk on colours that follows features.
-_STEPS = {"affinity": 256, "image": 240, "guide": 64}
+# Steps at a grid of 128 of a walk on features, and of the short walk on colours that follows it.
+_FEATURE_STEPS, _GUIDE_STEPS = 256, 64
+# Those of a walk on colours, for maps that cover at least and at most this share of the picture.
+_COLOUR_STEPS, _COVER = (120, 400), (0.3, 0.06)
 
 
-def _auto_steps(stage: str, grid: Size) -> int:
-    """A walk of t steps reaches sqrt(t) pixels: this many reach the same share of the map on every grid."""
-    return min(256, max(16, round(_STEPS[stage] * (max(grid) / 128) ** 2)))
+def _steps_on(grid: Size, steps: int) -> int:
+    """A walk of t steps reaches sqrt(t) pixels: so many on this grid reach as far on the map as `steps` at 128."""
+    return round(steps * (max(grid) / 128) ** 2)
 
 
 def _each(run: Callable[[Tensor, Any, Size, dict[str, Any]], Tensor]) -> Callable[..., list[Tensor]]:
-    return lambda given, options: [run(maps, value, grid, options) for maps, value, grid in given]
+    return lambda given, options: [run(maps, value, grid, options) for maps, value, grid, _ in given]
 
 
-def _walks(given: list[Given], stage: str, o: dict[str, Any], metric: str = "l1") -> list[Tensor]:
-    walks = []
-    for maps, feats, grid in given:
-        steps = _auto_steps(stage, grid) if o["steps"] == "auto" else o["steps"]
-        walks.append((maps, feats.to(maps.dtype), steps))
+def _walks(walks: list[Walk], o: dict[str, Any], metric: str = "l1") -> list[Tensor]:
     chosen = {name: o[name] for name in ("radius", "scale", "border", "beta", "solver", "tol")}
     return feature_walks(walks, metric=metric, **chosen)
 
 
+def _walk_once(given: list[Given], steps: int, o: dict[str, Any], metric: str = "l1") -> list[Tensor]:
+    """Of maps and features, as many steps as the options say; "auto": `steps` at a grid of 128, within 16 and 256."""
+    walks = []
+    for maps, feats, grid, _ in given:
+        number = min(256, max(16, _steps_on(grid, steps))) if o["steps"] == "auto" else o["steps"]
+        walks.append((maps, feats.to(maps.dtype), number))
+    return _walks(walks, o, metric)
+
+
 def _walk_on_features(given: list[Given], o: dict[str, Any]) -> list[Tensor]:
-    return _walks(given, "affinity", o, o["metric"])
+    return _walk_once(given, _FEATURE_STEPS, o, o["metric"])
 
 
-def _walk_on_colours(given: list[Given], o: dict[str, Any]) -> list[Tensor]:
-    return _walks([(maps, walk_features(picture, grid), grid) for maps, picture, grid in given], "image", o)
+def _coloured(given: list[Given]) -> list[Given]:
+    return [(maps, walk_features(picture, grid), grid, extra) for maps, picture, grid, extra in given]
 
 
 def _walk_on_guide(given: list[Given], o: dict[str, Any]) -> list[Tensor]:
-    return _walks([(maps, walk_features(picture, grid), grid) for maps, picture, grid in given], "guide", o)
+    return _walk_once(_coloured(given), _GUIDE_STEPS, o)
+
+
+def _walk_on_colours(given: list[Given], o: dict[str, Any]) -> list[Tensor]:
+    """As many steps as the options say; "auto": more for maps that cover little, which have yet to fill their objects.
+
+    T^n m, n by the share of the picture that the maps cover, would need n, and so wait for a GPU; the mean of T^short m
+    and T^long m, weighted by log(share), does as well.
+    """
+    given = _coloured(given)
+    if o["steps"] != "auto":
+        return _walk_once(given, 0, o)
+    lengths = [[max(1, _steps_on(grid, steps)) for steps in _COLOUR_STEPS] for _, _, grid, _ in given]
+    inputs = [(maps, feats.to(maps.dtype)) for maps, feats, _, _ in given]
+    short = _walks([(*pair, steps) for pair, (steps, _) in zip(inputs, lengths, strict=True)], o)
+    on = [(maps, feats, much - few) for maps, (_, feats), (few, much) in zip(short, inputs, lengths, strict=True)]
+    long = _walks(on, o)
+    weights = [_haste(maps[:, extra:]) for maps, _, _, extra in given]
+    return [torch.lerp(b, a, weight) for a, b, weight in zip(short, long, weights, strict=True)]
+
+
+def _haste(maps: Tensor) -> Tensor:
+    """[B, 1, 1, 1]: 1 = maps that cover the picture as much as needs the fewest steps, 0 = the most.
+
+    The share that an image's maps cover: the mean over the pixels of max_c m / max(m).
+    """
+    if maps.numel() == 0:
+        return maps.new_ones(())
+    score = _maps.scaled(maps, _maps.maximum(maps, (1, 2, 3))).nan_to_num(0, 0).amax(dim=1, keepdim=True)
+    share = score.double().mean(dim=(2, 3), keepdim=True)  # in double: the same bits alone and in a batch
+    most, least = _COVER
+    return ((share.clamp_min(least) / least).log() / math.log(most / least)).clamp(max=1).to(maps.dtype)
 
 
 def _run_boundary(maps: Tensor, boundary: Tensor, _: Size, o: dict[str, Any]) -> Tensor:

@@ -46,8 +46,9 @@ def refine_cams(
             clamp(round(256 (max(h, w) / 128)^2), 16, 256)). For AffinityNet-trained features: scale=1.0, steps=256.
         "image": feats are the RGB picture [B, 3, h', w'], uint8 or float 0..255, any size: the walk runs on its
             colours (CIE Lab in a unit that suits the picture, see `colour.walk_features`, on a grid with long side <=
-            `grid`). Options: grid=128, scale=1.0, and radius, border, beta, steps, solver, tol as above, the automatic
-            steps being 240/256 of those.
+            `grid`). Options: grid=128, scale=1.0, and radius, border, beta, steps, solver, tol as above; steps="auto"
+            mixes walks of 120 and 400 steps (of a grid of 128), the more of the longer the less of the picture cams
+            cover: small seeds have yet to fill their objects, broad ones only to lose what leaks.
         "boundary": feats are [B, 1, h, w] probabilities of a boundary in 0..1 (others are refused on the CPU; elsewhere
             they are not looked at); the working grid is theirs. The maps times (1 - feats) walk over
             `boundary_affinity`, as IRNet's do. Options: radius, beta=10, steps=256, solver, tol.
@@ -374,7 +375,7 @@ def _run(stage: Stage, batches: list[_Batch]) -> None:
         maps = _maps.resized(batch.maps, grid)
         if stage.background is not None and not batch.has_background:
             maps = torch.cat([stage.background(maps), maps], dim=1)
-        given.append((maps, value, grid))
+        given.append((maps, value, grid, int(batch.has_background)))
     for batch, maps in zip(batches, stage.run(given, stage.options), strict=True):
         batch.maps = maps if stage.background is None else _competed(batch, maps)
 
