@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
+from wsss_models.backbones import build_backbone
 
 import wsss_kernels as wk
 from benchmarks import baselines, sizes
@@ -138,6 +140,51 @@ def _ragged(kind: str, grids: list[tuple[int, int]]) -> Case:
     )
 
 
+def _beside_the_network(batch: int) -> Case:
+    """What refinement adds to the network whose maps it refines: features at stride 16, then the picture's colours."""
+    size = Size(f"512x512 batch {batch}", 32, 32, batch=batch, dim=2048)
+    classes = 20
+
+    def inputs(size: Size) -> Inputs:
+        labels = torch.zeros(size.batch, classes, dtype=torch.bool)
+        labels[:, [3, 14]] = True
+        picture = sizes.picture((16 * size.height, 16 * size.width)).expand(size.batch, -1, -1, -1).contiguous()
+        cams = sizes.maps(size, classes) * labels[:, :, None, None]
+        return {"cams": cams, "feats": sizes.features(size), "labels": labels, "picture": picture}
+
+    def refined(i: Inputs, dtype: torch.dtype = torch.float32) -> Tensor:
+        refined = wk.refine_cams(i["cams"].to(dtype), i["feats"].to(dtype), labels=i["labels"], guide=i["picture"])
+        assert isinstance(refined, Tensor)
+        return refined
+
+    def forward(i: Inputs) -> Callable[[], Tensor]:
+        device = i["cams"].device
+        network = build_backbone("resnet50", strides=(2, 2, 2, 1)).to(device).eval()
+        images = i["picture"].float() / 255
+
+        @torch.no_grad()
+        def run() -> Tensor:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                stages: list[Tensor] = network.features(images)  # type: ignore[operator]
+            return stages[-1]
+
+        return run
+
+    return Case(
+        name=f"refine_cams of a ResNet-50's features, picture 512x512, batch {batch}, 2 of {classes} classes",
+        op="refine_cams",
+        groups=("refine",),
+        size=size,
+        channels=classes,
+        inputs=inputs,
+        expected=lambda i: refined(i, torch.float64),
+        ways=(
+            Way("ours", "ours", lambda i: lambda: refined(i), tolerance=2 * WALK_TOL),
+            Way("the ResNet-50's forward", "context", forward),
+        ),
+    )
+
+
 def _large() -> Case:
     return Case(
         name="refine_cams 256x256 C=21 D=64",
@@ -164,13 +211,15 @@ _RAGGED = [
     _ragged("shapes from 22x135 to 85x35", sizes.ragged_sizes(LIST, 47 * 63)),
     _ragged("shapes of photographs", sizes.photograph_sizes(LIST)),
 ]
-CASES: list[Case] = [_default(), _published(), _picture(), *_RAGGED, _large()]
+CASES: list[Case] = [_default(), _published(), _picture(), _beside_the_network(1), *_RAGGED, _large()]
 GPU_CASES: list[Case] = [
     replace(_default(), groups=("refine",), aims=()),
     _gpu_batch(sizes.PSA, 16),
     _gpu_batch(sizes.IRN, 16),
     _published(),
     _picture(),
+    _beside_the_network(1),
+    _beside_the_network(16),
 ]
 
 
