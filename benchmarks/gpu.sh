@@ -14,9 +14,10 @@ python="${PYTHON:-python3}"
 out="${OUT:-build/gpu}"
 limit="${LIMIT:-480}"
 read -ra words <<<"${PART:-}"
-declare -A files=([walk]=random_walk [affinity]=local_affinity [boundary]=boundary_affinity [adaptive]=pixel_adaptive
-  [crf]=dense_crf [attention]=attention_walk [vote]=mask_vote [loss]=affinity_loss [kmeans]=kmeans
-  [memory-attention]=cross_image_attention [histogram]=soft_histogram [pyramid]=hspp [refine]=refine)
+declare -A files=([walk]="random_walk random_walk_precision random_walk_gradients" [affinity]=local_affinity
+  [boundary]=boundary_affinity [adaptive]=pixel_adaptive [crf]=dense_crf [attention]=attention_walk [vote]=mask_vote
+  [loss]=affinity_loss [kmeans]=kmeans [memory-attention]=cross_image_attention [histogram]=soft_histogram
+  [pyramid]=hspp [refine]=refine)
 every=(walk affinity boundary adaptive crf attention vote loss kmeans memory-attention histogram pyramid refine)
 parts=() ops=()
 for word in "${words[@]}"; do
@@ -100,7 +101,7 @@ fi
 
 tests=() asked_ops=("${ops[@]}")
 [[ ${#ops[@]} != 0 ]] || asked_ops=("${every[@]}") tests=(tests/test_{properties,shapes_sweep,compile}.py)
-for op in "${asked_ops[@]}"; do tests+=("tests/test_${files[$op]}.py"); done
+for op in "${asked_ops[@]}"; do for file in ${files[$op]}; do tests+=("tests/test_$file.py"); done; done
 # In its summary a failure is followed by its reason where the line is long enough.
 pytest=(env COLUMNS=200 "$python" -m pytest --device cuda -q --tb=short -p no:cacheprovider --maxfail=40)
 no_pytest="$(lacks pytest hypothesis)"
