@@ -16,8 +16,8 @@ limit="${LIMIT:-480}"
 read -ra words <<<"${PART:-}"
 declare -A files=([walk]="random_walk random_walk_precision random_walk_gradients" [affinity]=local_affinity
   [boundary]=boundary_affinity [adaptive]=pixel_adaptive [crf]=dense_crf [attention]=attention_walk [vote]=mask_vote
-  [loss]=affinity_loss [kmeans]=kmeans [memory-attention]=cross_image_attention [histogram]=soft_histogram
-  [pyramid]=hspp [refine]=refine)
+  [loss]="affinity_loss affinity_loss_from_features" [kmeans]=kmeans [memory-attention]=cross_image_attention
+  [histogram]=soft_histogram [pyramid]=hspp [refine]=refine)
 every=(walk affinity boundary adaptive crf attention vote loss kmeans memory-attention histogram pyramid refine)
 parts=() ops=()
 for word in "${words[@]}"; do
