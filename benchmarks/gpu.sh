@@ -100,7 +100,7 @@ fi
 # Parts
 
 tests=() asked_ops=("${ops[@]}")
-[[ ${#ops[@]} != 0 ]] || asked_ops=("${every[@]}") tests=(tests/test_{properties,shapes_sweep,compile}.py)
+[[ ${#ops[@]} != 0 ]] || asked_ops=("${every[@]}") tests=(tests/test_{properties,shapes_sweep,compile,transforms}.py)
 for op in "${asked_ops[@]}"; do for file in ${files[$op]}; do tests+=("tests/test_$file.py"); done; done
 # In its summary a failure is followed by its reason where the line is long enough.
 pytest=(env COLUMNS=200 "$python" -m pytest --device cuda -q --tb=short -p no:cacheprovider --maxfail=40)
