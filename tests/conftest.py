@@ -156,6 +156,12 @@ def dtype(request) -> torch.dtype:
 
 
 @pytest.fixture
+def seeded():
+    """torch's own random numbers are the same in every test."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
 def nan_filled():
     """Every element of torch.empty is NaN, so that one nobody writes shows."""
     before = torch.utils.deterministic.fill_uninitialized_memory
