@@ -11,6 +11,15 @@ from wsss_models import classifier
 from wsss_models.systems import preset, with_settings
 
 
+@pytest.fixture
+def one_thread():
+    """torch computes in one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Colours(Dataset):
     """Pictures in memory, 3 classes, each a colour; no file, no augmentation."""
 
