@@ -1,13 +1,8 @@
 """`wsss report`: the page of a small run folder, its numbers, what it must not hold, and what a browser draws."""
 
-import base64
-import html.parser
-import io
 import json
-import re
 import shutil
 import subprocess
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,58 +16,11 @@ from wsss_models.data import open_dataset
 from wsss_models.data.files import write_label, write_maps
 from wsss_models.data.synth import Settings, write_set
 from wsss_models.evaluate import evaluate_labels, evaluate_maps
-from wsss_models.report_charts import chart, smoothed, ticks
+
+from tests.models.pages import open_page
 
 EVIL = "<b>bold</b>\"'&lt<script>alert(1)</script>"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "firefox")
-VOID = {"meta", "img", "line", "circle", "polyline"}
-
-
-class Page(html.parser.HTMLParser):
-    """A page's tags, texts and pictures; every tag must be closed in order."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.texts, self.open, self.attributes = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attributes]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        assert tag in VOID
-        self.tags.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data.strip())
-
-    def images(self):
-        """(description, picture) of each."""
-        found = [value for tag, name, value in self.attributes if (tag, name) == ("img", "src")]
-        alts = [value for tag, name, value in self.attributes if (tag, name) == ("img", "alt")]
-        data = [base64.b64decode(source.removeprefix("data:image/jpeg;base64,"), validate=True) for source in found]
-        return [(alt, Image.open(io.BytesIO(item))) for alt, item in zip(alts, data, strict=True)]
-
-
-def open_page(path):
-    """The page, which asks for nothing outside itself."""
-    text = path.read_text(encoding="utf-8")
-    parsed = Page(text)
-    assert not {"script", "link", "iframe", "object", "base"} & set(parsed.tags)
-    for tag, name, value in parsed.attributes:
-        assert name not in ("onload", "onerror", "onclick", "srcset"), (tag, name)
-        if name in ("src", "href"):
-            assert value.startswith(("data:image/jpeg;base64,", "#")), (tag, value[:80])
-    assert not re.search(r"https?:|url\(|@import", text)
-    return parsed
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +317,7 @@ def test_the_command_is_listed():
     assert "report" in COMMANDS
 
 
-# --- curves -----------------------------------------------------------------------------------------------------------
+# --- logs -------------------------------------------------------------------------------------------------------------
 
 
 def test_log_is_read_as_written(make_run):
@@ -381,41 +329,6 @@ def test_log_is_read_as_written(make_run):
 def test_total_of_one_term_is_that_term(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "cls": 0.5, "total": 0.5}\n{"step": 2, "cls": NaN}\nnonsense\n')
     assert report.read_log(tmp_path / "log.jsonl") == {"cls": [(1.0, 0.5)]}
-
-
-def test_smoothed_against_a_loop():
-    values = np.random.default_rng(0).random(31)
-    for window in (1, 3, 8, 99):
-        half = window // 2
-        expected = [values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))]
-        assert smoothed(values, window).tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (-3, 250), (0, 1e-16), (1, 30000), (0.1, 0.1001)])
-def test_ticks_are_round_and_inside(low, high):
-    found = ticks(low, high)
-    assert 2 <= len(found) <= 6
-    assert all(low - 1e-9 * abs(low) <= tick <= high * (1 + 1e-9) for tick in found)
-    assert all(b - a == pytest.approx(found[1] - found[0]) for a, b in pairwise(found))
-
-
-@pytest.mark.parametrize(
-    "curves",
-    [
-        {},
-        {"a": []},
-        {"a": [(1, 2.0)]},
-        {"a": [(1, 2.0), (2, 2.0)]},
-        {"a": [(s, -s) for s in range(999)], "b": [(5, 1)]},
-    ],
-)
-def test_chart_stays_in_its_frame(curves):
-    text = chart("loss", curves)
-    Page(text)
-    assert text.count("<polyline") == 2 * sum(len(points) > 1 for points in curves.values())
-    numbers = [tuple(map(float, p.split(","))) for ps in re.findall(r'points="([^"]+)"', text) for p in ps.split()]
-    assert all(0 <= x <= 340 and 0 <= y <= 190 for x, y in numbers)
-    assert len(numbers) <= 2 * 240 * len(curves)
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
