@@ -65,6 +65,7 @@ class Config:
     entropy: bool = False  # also the mean entropy of the attention is made small
     warm_up: float = 0.25  # share of the training until the ramp is 1: 5 of 20 epochs
     cam_seed_floor: float = 0.6  # the seed from h weighs 1 - ramp, but never less
+    segmentation_weight: float = 1.0  # of the losses of s and s~, and of the entropy, beside that of h
     recipe: Recipe = field(
         default_factory=lambda: Recipe(
             epochs=20,
@@ -91,6 +92,8 @@ class Config:
         for name in ("capacity", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.segmentation_weight >= 0:
+            raise ValueError(f"segmentation_weight must be at least 0, got {self.segmentation_weight}")
         if not self.background > 0:
             raise ValueError(f"background must be a power above 0, got {self.background}")
 
@@ -107,6 +110,7 @@ _TINY = Config(
     rates=(1, 2, 3, 4),  # a grid of 12 x 12
     dropout=0.0,
     warm_up=0.5,
+    segmentation_weight=0.1,
     recipe=Recipe(
         epochs=40,
         batch_size=16,
@@ -199,7 +203,7 @@ class Model(nn.Module):
             if config.entropy:
                 terms["entropy"] = entropy
                 extra = extra + entropy
-        return {"total": terms["classification"] + share * extra, **terms}
+        return {"total": terms["classification"] + share * config.segmentation_weight * extra, **terms}
 
     def cams(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, C, h, w] >= 0."""
@@ -330,7 +334,8 @@ class Propagation(nn.Module):
         if self.normalise:
             feats, memory = F.normalize(feats, dim=1), F.normalize(memory, dim=1)
         found, entropy = self.attention(feats, memory, mask, return_entropy=True)
-        found = self.norm(self.dropout(found).movedim(1, -1)).movedim(-1, 1)
+        found = found.movedim(1, -1).contiguous()  # what is dropped follows the layout, and that the kernel
+        found = self.norm(self.dropout(found)).movedim(-1, 1)
         return F.relu(found) * mask.any(dim=1)[:, None, None, None], entropy
 
 

@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("saliency", [False, True])
-@pytest.mark.parametrize("share", [0.1, 1.0])
-def test_loss_terms(saliency, share):
-    model = small(entropy=True, warm_up=0.5).eval()
+@pytest.mark.parametrize(("share", "weight"), [(0.1, 1.0), (1.0, 1.0), (1.0, 0.25)])
+def test_loss_terms(saliency, share, weight):
+    model = small(entropy=True, warm_up=0.5, segmentation_weight=weight).eval()
     batch = a_batch(saliency=saliency)
     config, label = model.config, batch["label"].numpy()
     entries, lengths = filled(model)
@@ -57,7 +57,7 @@ def test_loss_terms(saliency, share):
     costs = -(label * np.log(p) + (1 - label) * np.log(1 - p)).mean(axis=1)
     classification = (costs / (np.maximum(label.sum(axis=1), 1) + 1e-5)).mean()
     expected = {"classification": classification, "segmentation": plain, "attention": helped, "entropy": entropy}
-    expected["total"] = classification + ramp * (plain + helped + entropy)
+    expected["total"] = classification + weight * ramp * (plain + helped + entropy)
     assert set(loss) == set(expected)
     for name, value in expected.items():
         assert loss[name].item() == pytest.approx(value, rel=1e-5), name
@@ -122,6 +122,7 @@ def test_published_settings():
         assert (config.context_threshold, config.context_mass, config.capacity) == (0.5, 1, 64)
         assert (config.cam_threshold, config.saliency_weight, config.cam_seed_floor) == (0.1, 0.5, 0.6)
         assert config.stop_gradient and not config.entropy and config.warm_up == 5 / 20
+        assert config.segmentation_weight == 1
     model = mcic.Model(replace(preset("mcic"), num_classes=4))
     assert model.bank.entries.shape == (5, 64, 512) and model.features(torch.zeros(1, 3, 33, 41)).shape == (
         1,
