@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import wsss_kernels as wk
 from wsss_models.backbones import build_backbone
-from wsss_models.recipe import Recipe, classification_loss, of_batch, parameter_groups
+from wsss_models.recipe import TINY, Recipe, classification_loss, of_batch, parameter_groups
 
 STAGES = ("affinity", "classifier")
 STRIDE = 8  # of features and of affinity labels
@@ -85,9 +85,7 @@ _TINY = Config(
     low=16.0,  # its CAMs have narrow peaks
     high=64.0,
     steps=32,  # a grid of 14 x 14 is smoothed out by many more
-    recipe=Recipe(
-        epochs=20, batch_size=16, lr=0.05, lr_multiples=(1, 1, 1, 1), weight_decay=5e-4, momentum=0.9, crop=96
-    ),
+    recipe=TINY,
 )
 PRESETS = {
     "published": _PUBLISHED,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss_models.backbones import build_backbone
-from wsss_models.recipe import Recipe, classification_loss, of_batch, parameter_groups
+from wsss_models.recipe import TINY, Recipe, classification_loss, of_batch, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ PRESETS = {
         width=24,
         norm="train",
         cut=None,
-        recipe=Recipe(
-            epochs=20, batch_size=16, crop=96, lr=0.05, lr_multiples=(1, 1, 1, 1), momentum=0.9, weight_decay=5e-4
-        ),
+        recipe=TINY,
     ),
 }
 

@@ -8,7 +8,7 @@ published code has it: plain convolutions, group normalisation in the head.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss_models.backbones import build_backbone
-from wsss_models.recipe import Recipe, of_batch, parameter_groups
+from wsss_models.recipe import TINY, Recipe, of_batch, parameter_groups
 
 VERSIONS = ("v2", "v3plus")
 TRAINS_ON_MASKS = True
@@ -73,16 +73,7 @@ _TINY = Config(
     rates=(1, 2, 3, 4),  # a grid of 12 x 12
     head_width=48,
     low_width=16,
-    recipe=Recipe(
-        epochs=20,
-        batch_size=16,
-        lr=0.05,
-        lr_multiples=(1, 1, 1, 1),
-        weight_decay=5e-4,
-        momentum=0.9,
-        crop=96,
-        scale=(0.75, 1.25),
-    ),
+    recipe=replace(TINY, scale=(0.75, 1.25)),
 )
 PRESETS = {
     "published": Config(),

@@ -8,7 +8,7 @@ published code. Its first stage is `classifier`; the displacement branch, which 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import wsss_kernels as wk
 from wsss_models.backbones import build_backbone
-from wsss_models.recipe import Recipe, of_batch, parameter_groups
+from wsss_models.recipe import TINY, Recipe, of_batch, parameter_groups
 
 STRIDE = 4  # of boundaries and of affinity labels
 
@@ -65,7 +65,7 @@ PRESETS = {
         radius=5,
         fg=0.15,  # its CAMs have narrow peaks
         steps=16,  # on maps of 28 x 28, that far across as 256 on the published ones
-        recipe=Recipe(epochs=20, batch_size=16, lr=0.05, lr_multiples=(1, 1, 1, 1), momentum=0.9, crop=96),
+        recipe=replace(TINY, weight_decay=1e-4),
     ),
 }
 ABLATIONS = {

@@ -27,7 +27,7 @@ from torch.func import functional_call
 import wsss_kernels as wk
 from wsss_kernels import MemoryBank
 from wsss_models.backbones import build_backbone
-from wsss_models.recipe import Recipe, of_batch, parameter_groups
+from wsss_models.recipe import TINY, Recipe, of_batch, parameter_groups
 
 __all__ = ["PRESETS", "Config", "MemoryBank", "Model"]
 
@@ -111,16 +111,7 @@ _TINY = Config(
     dropout=0.0,
     warm_up=0.5,
     segmentation_weight=0.1,
-    recipe=Recipe(
-        epochs=40,
-        batch_size=16,
-        lr=0.05,
-        lr_multiples=(1, 1, 1, 1),
-        weight_decay=5e-4,
-        momentum=0.9,
-        crop=96,
-        scale=(0.75, 1.25),
-    ),
+    recipe=replace(TINY, epochs=40, scale=(0.75, 1.25)),
 )
 PRESETS = {
     "published": _PUBLISHED,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wsss_models.backbones import build_backbone
-from wsss_models.recipe import Recipe, classification_loss, of_batch, parameter_groups
+from wsss_models.recipe import TINY, Recipe, classification_loss, of_batch, parameter_groups
 
 KINDS = ("masked", "selected", "none")
 LEVELS = ("scores", "cam")
@@ -83,9 +83,7 @@ PRESETS = {
         strides=(2, 1, 2, 1),  # small pictures: output stride 8
         width=24,
         alpha=0.25,  # 4 keeps a network that begins with random weights from learning its classes, 1 shrinks its maps
-        recipe=Recipe(
-            epochs=20, batch_size=16, crop=96, lr=0.05, lr_multiples=(1, 1, 1, 1), momentum=0.9, weight_decay=5e-4
-        ),
+        recipe=TINY,
     ),
 }
 ABLATIONS = {

@@ -64,6 +64,10 @@ class Recipe:
         )
 
 
+# Of the presets `tiny`: a narrow ResNet-18 with random weights, pictures of about 100 pixels.
+TINY = Recipe(epochs=20, batch_size=16, crop=96, lr=0.05, lr_multiples=(1, 1, 1, 1), momentum=0.9, weight_decay=5e-4)
+
+
 def parameter_groups(recipe: Recipe, pretrained: Iterable[nn.Module], new: Iterable[nn.Module]) -> list[dict[str, Any]]:
     """Groups for an optimiser, each with the key "multiple" of the learning rate; what is not trained is left out."""
     groups = []

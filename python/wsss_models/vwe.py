@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 
 import wsss_kernels as wk
 from wsss_models.backbones import build_backbone
-from wsss_models.recipe import Recipe, classification_loss, of_batch, parameter_groups
+from wsss_models.recipe import TINY, Recipe, classification_loss, of_batch, parameter_groups
 
 CODEBOOKS = ("gradient", "memory", "none")
 POOLINGS = ("hspp", "gap", "gmp")
@@ -80,9 +80,7 @@ _TINY = Config(
     words=32,  # a picture has 12 x 12 pixels
     pooling="gap",  # a maximum is content with one pixel: CAMs of parts, where nothing is pretrained to see more
     memory_rate=0.05,  # 300 steps
-    recipe=Recipe(
-        epochs=20, batch_size=16, crop=96, lr=0.05, lr_multiples=(1, 1, 1, 1), momentum=0.9, weight_decay=5e-4
-    ),
+    recipe=TINY,
 )
 PRESETS = {
     "published": Config(),

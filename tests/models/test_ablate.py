@@ -5,7 +5,6 @@ import math
 import re
 
 import pytest
-import torch
 
 pytest.importorskip("lightning_fabric")
 from wsss_models.cli import ablate, sweep
@@ -14,15 +13,9 @@ from wsss_models.cli.run_plan import STAGES, SYSTEMS
 from wsss_models.data.synth import Settings, write_set
 from wsss_models.systems import system, with_settings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = [f"--set={s}" for s in ("epochs=1", "batch_size=8", "crop=48", "width=8")]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,7 @@ from wsss_models.systems import system
 from wsss_models.train import read_checkpoint, train
 from wsss_models.training_data import samples_of
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_resumed_training_has_the_same_memory(colours, tmp_path):

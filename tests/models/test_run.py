@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("lightning_fabric")
 from wsss_models.cli import run
@@ -23,16 +22,10 @@ from wsss_models.data.masks import read_mask
 from wsss_models.data.synth import Settings, write_set
 from wsss_models.evaluate import Confusion
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = ["epochs=10", "batch_size=8", "crop=48", "width=8"]  # 3 steps an epoch
 NAMES = ["background", "alpha", "beta", "gamma"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -21,15 +21,9 @@ from wsss_models.data.samples import Samples
 from wsss_models.infer import load_run
 from wsss_models.train import Order, collate, data_hash, read_checkpoint, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ABOUT = {"system": "classifier"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(model, samples, out, **options):
