@@ -15,7 +15,7 @@ from benchmarks.device import Work
 from benchmarks.measure import Aim, Case, Inputs, Way, with_pytest
 from benchmarks.sizes import Size
 from wsss_kernels import _dispatch
-from wsss_kernels.ops.random_walk import SOLVERS
+from wsss_kernels.ops.random_walk import SOLVERS, cuda_plan
 from wsss_kernels.reference.random_walk import walk_step, walk_weights
 
 BETA, STEPS = 8.0, 256
@@ -36,6 +36,17 @@ def _expected(inputs: Inputs) -> Tensor:
 
 def _ours(solver: str) -> Callable[[Inputs], Callable[[], Tensor]]:
     return lambda i: lambda: wk.random_walk(i["maps"], i["affinity"], beta=BETA, steps=STEPS, solver=solver)
+
+
+def _form(solver: str) -> Callable[[Inputs], str]:
+    def form(inputs: Inputs) -> str:
+        maps = inputs["maps"]
+        if not maps.is_cuda or _dispatch.gpu_kernel("random_walk", maps.device.index)[0] != "cuda":
+            return ""
+        shape = (*maps.shape, baselines.RADIUS, STEPS)
+        return str(cuda_plan(*shape, SOLVERS.index(solver), 1e-4, maps.device.index).form)
+
+    return form
 
 
 def _torch_csr(inputs: Inputs) -> Callable[[], Tensor]:
@@ -193,8 +204,10 @@ def _gpu_walk(size: Size, batch: int, channels: int) -> Case:
     pixels = size.height * size.width
     flop = 2.0 * 69 * batch * pixels * channels * STEPS
     ways = [
-        Way("ours, auto", "ours", _ours("auto"), tolerance=1e-4, work=_work(size, channels, "auto")),
-        Way("ours, power", "ours", _ours("power"), flop=flop, work=_work(size, channels, "power")),
+        Way(
+            "ours, auto", "ours", _ours("auto"), tolerance=1e-4, work=_work(size, channels, "auto"), form=_form("auto")
+        ),
+        Way("ours, power", "ours", _ours("power"), flop=flop, work=_work(size, channels, "power"), form=_form("power")),
         Way("torch shifted views", "library", _shifted, SUM_ERROR, flop=flop, gigabytes=2e-6 * batch * pixels),
     ]
     if batch <= 16:

@@ -86,6 +86,7 @@ class Way:
     work: Work | None = None  # for the limit of the GPU
     gigabytes: float = 0.0  # free memory without which the way is left out
     only_full: bool = False  # takes minutes
+    form: Callable[[Inputs], str] | None = None  # which of a kernel's forms runs on a GPU; "" where it has one
 
 
 @dataclass(frozen=True)

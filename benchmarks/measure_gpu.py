@@ -66,6 +66,8 @@ def run_case(
             continue
         row["kernel"] = kernels_of(case.op) if way.kind == "ours" else None
         try:
+            if way.form is not None and (form := way.form(inputs)):
+                row["kernel"] = f"{row['kernel']}, {form}"
             turn = _prepare(way, inputs, expected, gpu, row)
         except Exception as error:
             row["status"] = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 pytest.importorskip("scipy", reason="the benchmarks' opponents need scipy")
 pytest.importorskip("benchmarks", reason="not part of the package: python -m pytest from the checkout")
 
-from benchmarks import baselines, measure, measure_gpu, plot, run, sizes
+from benchmarks import baselines, bench_random_walk, measure, measure_gpu, plot, run, sizes
 from benchmarks.device import Gpu, Work, repeated
 from wsss_kernels.info import info
 
@@ -140,6 +141,32 @@ def test_rows_are_whole():
     assert len(gpu.recorded) == 2 and min(gpu.recorded) > 1
     text = run.gpu_table(rows) + run.heading(measure.environment() | gpu.about)
     assert "torch shifted views" in text and "NVIDIA Stand-In 1" in text and "driver 1.2" in text
+
+
+@pytest.mark.native
+def test_rows_name_the_form_of_a_kernel():
+    case = tiny(SHORT)
+    named = replace(case, ways=tuple(replace(way, form=lambda inputs: "grid") for way in case.ways[:1]))
+    (row,) = rows_of(named)
+    assert row["kernel"] == info()["ops"]["local_affinity"]["cuda"]["forward"]["kernel"] + ", grid"
+
+
+def test_form_of_a_walk(monkeypatch):
+    asked = []
+
+    def plan(*arguments):
+        asked.append(arguments)
+        return SimpleNamespace(form="cluster")
+
+    monkeypatch.setattr(bench_random_walk, "cuda_plan", plan)
+    auto, power, *others = CASES["walk psa 47x63 batch 16 C=3"].ways
+    assert not any(way.form for way in others)
+    maps = SimpleNamespace(is_cuda=True, shape=(16, 3, 47, 63), device=SimpleNamespace(index=1))
+    for kernel, expected in (("cuda", "cluster"), ("triton", "")):
+        monkeypatch.setattr(bench_random_walk._dispatch, "gpu_kernel", lambda name, index, found=kernel: (found, ""))
+        assert auto.form({"maps": maps}) == power.form({"maps": maps}) == expected
+    assert asked == [(16, 3, 47, 63, 5, 256, solver, 1e-4, 1) for solver in (0, 1)]
+    assert auto.form({"maps": torch.zeros(1, 1, 2, 2)}) == ""
 
 
 @pytest.mark.native

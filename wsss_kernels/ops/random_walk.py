@@ -138,7 +138,7 @@ def _random_walk_backward_cpu(
 
 
 @functools.lru_cache(maxsize=1024)
-def _cuda_plan(*arguments: Any) -> Any:
+def cuda_plan(*arguments: Any) -> Any:
     """How the device walks maps of this shape: asked once, since the driver takes its time to answer."""
     assert _dispatch.native is not None
     return _dispatch.native.plan_random_walk_cuda(*arguments)
@@ -155,7 +155,7 @@ def _random_walk_cuda(
     x, links = _dispatch.as_kernel_input(maps), _dispatch.as_kernel_input(affinity)
     out = torch.empty_like(x)
     call = _dispatch.CudaCall(x)
-    plan = _cuda_plan(*maps.shape, radius, steps, SOLVERS.index(solver), tol, call.index)
+    plan = cuda_plan(*maps.shape, radius, steps, SOLVERS.index(solver), tol, call.index)
     workspace = call.workspace(plan.workspace)
     _dispatch.native.random_walk_cuda(
         x.data_ptr(), links.data_ptr(), out.data_ptr(), *maps.shape, radius, beta, steps, SOLVERS.index(solver), tol,
