@@ -89,6 +89,16 @@ def test_image_method_walks_on_colours(wk, cams, picture):
     )
 
 
+def test_image_method_gradient_of_the_mixture(wk, picture):
+    cams = torch.rand(1, 2, 6, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    cams[0, 0, 2, 3] = 3  # all others cover little: the share of a walk depends on each of them
+
+    def mixed(cams):
+        return wk.refine_cams(cams, picture[:1], method="image", grid=12, normalize=None)
+
+    assert torch.autograd.gradcheck(mixed, (cams.requires_grad_(),))
+
+
 def test_image_method_counts_no_background_as_cover(wk, cams, picture):
     options = {"method": "image", "normalize": None}
     with_background = wk.refine_cams(cams**20, picture, background=1, **options)
