@@ -27,6 +27,7 @@ from wsss_models.data.masks import IGNORE, read_mask
 from wsss_models.data.pictures import PictureSet
 from wsss_models.evaluate import Confusion, evaluate_labels, evaluate_maps
 from wsss_models.report_charts import Curve
+from wsss_models.systems import ONE_STAGE, TRAINED
 from wsss_models.train import LOG, MANIFEST
 from wsss_models.visualise import overlay_label, overlay_maps
 
@@ -62,7 +63,15 @@ class Run:
 
     @property
     def missing(self) -> list[str]:
-        return [name for name in (*TRAININGS, *OUTPUTS) if "/" not in name and not (self.path / name).is_dir()]
+        """What the run has not got, but for what its refiner does without."""
+        refiner = self.results.get("refiner")
+        spare = set()
+        if refiner is not None:
+            spare = {"refined"} if refiner in TRAINED else {"affinity"}
+            if refiner in (*ONE_STAGE, "none"):
+                spare = {"affinity", "refined"}
+        stages = [name for name in (*TRAININGS, *OUTPUTS) if "/" not in name and name not in spare]
+        return [name for name in stages if not (self.path / name).is_dir()]
 
 
 @dataclass(frozen=True)

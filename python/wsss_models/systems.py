@@ -13,6 +13,9 @@ from types import ModuleType
 from typing import Any
 
 SYSTEMS = ("classifier", "affinitynet", "irnet", "sccam", "puzzlecam", "vwe", "mcic", "deeplab")
+# What refines CAMs, beside the methods of refine_cams:
+TRAINED = ("affinitynet", "irnet")  # a network of its own, whose walk gives labels at once
+ONE_STAGE = ("mcic",)  # a network that segments itself, and labels pictures of known classes
 
 
 def system(name: str) -> ModuleType:

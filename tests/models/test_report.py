@@ -133,6 +133,24 @@ def test_several_runs(make_run, tmp_path):
             assert f"{100 * entry['miou']:.2f}" in found.texts
 
 
+@pytest.mark.parametrize(
+    ("refiner", "missing"),
+    [
+        ("irnet", ["affinity"]),
+        ("image,crf", ["refined"]),
+        ("none", []),
+        ("mcic", []),
+        (None, ["affinity", "refined"]),
+    ],
+)
+def test_what_a_refiner_does_without_is_not_missing(make_run, refiner, missing):
+    out = make_run(outputs=("cams",))
+    results = json.loads((out / "results.json").read_text())
+    (out / "results.json").write_text(json.dumps(results if refiner is None else {**results, "refiner": refiner}))
+    (run,) = report.read_runs([out])
+    assert run.missing == [*missing, "labels", "segmentation"]
+
+
 def test_names_of_runs_differ(make_run):
     paths = [make_run("one", outputs=("labels",)), make_run("two", outputs=("labels",))]
     assert [run.name for run in report.read_runs(paths)] == ["affinitynet one", "affinitynet two"]

@@ -19,11 +19,9 @@ import torch
 from wsss_models.cli.main import DONE, SOME_FAILED, UsageError
 from wsss_models.cli.results import Row, of_labels, of_maps, table
 from wsss_models.cli.run_plan import (
-    ONE_STAGE,
     SETTINGS,
     STAGES,
     SYSTEMS,
-    TRAINED,
     Plan,
     classifier_of,
     networks_of,
@@ -34,7 +32,7 @@ from wsss_models.cli.run_plan import (
 )
 from wsss_models.data.artefacts import shown, write_atomically
 from wsss_models.data.pictures import PictureSet
-from wsss_models.systems import preset, system, with_settings
+from wsss_models.systems import ONE_STAGE, TRAINED, preset, system, with_settings
 from wsss_models.train import PRECISIONS
 
 ENDS = ("labels", "deeplab")

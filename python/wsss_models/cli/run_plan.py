@@ -11,7 +11,7 @@ from wsss_models.cli.main import UsageError
 from wsss_models.data.artefacts import shown
 from wsss_models.data.dataset import list_splits, open_dataset
 from wsss_models.data.pictures import PictureSet
-from wsss_models.systems import as_dict, preset, system, with_settings
+from wsss_models.systems import ONE_STAGE, TRAINED, as_dict, preset, system, with_settings
 from wsss_models.train import data_hash
 from wsss_models.training_data import takes_saliency
 
@@ -25,8 +25,6 @@ SYSTEMS = {  # and the refiner of each
     "mcic": "mcic",
 }
 V3PLUS = ("puzzlecam",)  # whose last stage was published with DeepLab v3+
-TRAINED = ("affinitynet", "irnet")  # refiners that have a network of their own
-ONE_STAGE = ("mcic",)  # segment themselves, and label pictures of known classes: a refiner of their own
 STAGES = ("classifier", "sccam", "affinity", "deeplab")  # that learn, and take settings
 SETTINGS = "run.json"
 
