@@ -126,10 +126,10 @@ def _walk_on_colours(given: list[Given], o: dict[str, Any]) -> list[Tensor]:
     and T^long m, weighted by log(share), does as well.
     """
     given = _coloured(given)
-    if o["steps"] != "auto":
-        return _walk_once(given, 0, o)
-    lengths = [[max(1, _steps_on(grid, steps)) for steps in _COLOUR_STEPS] for _, _, grid, _ in given]
     inputs = [(maps, feats.to(maps.dtype)) for maps, feats, _, _ in given]
+    if o["steps"] != "auto":
+        return _walks([(*pair, o["steps"]) for pair in inputs], o)
+    lengths = [[max(1, _steps_on(grid, steps)) for steps in _COLOUR_STEPS] for _, _, grid, _ in given]
     short = _walks([(*pair, steps) for pair, (steps, _) in zip(inputs, lengths, strict=True)], o)
     on = [(maps, feats, much - few) for maps, (_, feats), (few, much) in zip(short, inputs, lengths, strict=True)]
     long = _walks(on, o)

@@ -155,3 +155,15 @@ def test_normalised_attention():
     unit = F.normalize(feats, dim=1), F.normalize(memory, dim=1)
     torch.testing.assert_close(other.propagation(*unit, mask)[0], context)
     assert not torch.allclose(other.propagation(feats, memory, mask)[0], context)
+
+
+def test_what_is_dropped_does_not_follow_the_layout():
+    propagation = mcic.Propagation(6, 0.5, False).train()
+    found = torch.randn(2, 6, 4, 5, generator=torch.Generator().manual_seed(0))
+    results = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        laid = found.contiguous(memory_format=layout)
+        propagation.attention.forward = lambda *_, laid=laid, **__: (laid, torch.zeros(()))
+        torch.manual_seed(1)
+        results.append(propagation(found, torch.zeros(3, 6), torch.ones(2, 3, dtype=torch.bool))[0])
+    assert torch.equal(*results) and not torch.equal(results[0], propagation.eval()(found, None, torch.ones(2, 3))[0])
