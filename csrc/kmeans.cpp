@@ -24,9 +24,12 @@ bool solve(const KMeansProblem& problem, int64_t iterations, double tol, int thr
   return solver.finite();
 }
 
+double products(const KMeansProblem& problem) {
+  return double(problem.rows) * double(problem.dim) * double(problem.clusters);
+}
+
 int worthwhile(const KMeansProblem& problem, int threads) {
-  const double products = double(problem.rows) * double(problem.dim) * double(problem.clusters);
-  return worthwhile_threads(threads, products, kProductsPerThread);
+  return worthwhile_threads(threads, products(problem), kProductsPerThread);
 }
 
 }  // namespace
@@ -42,15 +45,20 @@ int64_t kmeans_cpu(const std::vector<KMeansProblem>& problems, int64_t iteration
     while (i < first && !bad.compare_exchange_weak(first, i)) {
     }
   };
-  // Large problems one after another by the whole team, small ones side by side by a thread each.
+  // Problems above a thread's share one after another by the whole team, the others side by side by a thread each,
+  // largest first.
+  double all = 0;
+  for (const KMeansProblem& problem : problems) all += products(problem);
   std::vector<int64_t> small;
   for (int64_t i = 0; i < count; ++i) {
-    if (worthwhile(problems[i], threads) < threads) {
+    if (worthwhile(problems[i], threads) < threads || products(problems[i]) * threads <= all) {
       small.push_back(i);
     } else if (!solve(problems[i], iterations, tol, threads)) {
       note(i);
     }
   }
+  std::stable_sort(small.begin(), small.end(),
+                   [&](int64_t a, int64_t b) { return products(problems[a]) > products(problems[b]); });
   const int team = int(std::min<int64_t>(threads, int64_t(small.size())));
   if (team == 1) {
     for (const int64_t i : small) {

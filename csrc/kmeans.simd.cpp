@@ -8,18 +8,28 @@ constexpr int n = kLanes<float>;
 using V = Vec<float>;
 static_assert(kPadding % n == 0 && kDepth % kPadding == 0);
 
-void block_sums(const float* x, int64_t rows, int64_t stride, int64_t count, float* sums, double* squares) {
-  for (int64_t i = 0; i < rows; ++i, x += stride) {
-    Vec<double> square{};
-    for (int64_t d = 0; d < count; d += n) {
-      const int left = count - d < n ? int(count - d) : n;
-      const V v = load_some(x + d, left);
-      store_some(sums + d, i == 0 ? v : load_some(sums + d, left) + v, left);
+template <int R>
+WSSS_ALWAYS_INLINE void add_rows(const float* x, int64_t stride, int64_t count, bool first, float* sums,
+                                 double* squares) {
+  Vec<double> square[R] = {};
+  for (int64_t d = 0; d < count; d += n) {
+    const int left = count - d < n ? int(count - d) : n;
+    V sum = first ? V{} : load_some(sums + d, left);
+    unroll<0, R>([&](auto i) __attribute__((always_inline)) {
+      const V v = load_some(x + i * stride + d, left);
+      sum += v;
       const DoublePair squared = widen(v * v);
-      square += squared.low + squared.high;
-    }
-    squares[i] = sum_of_lanes(square);
+      square[i] += squared.low + squared.high;
+    });
+    store_some(sums + d, sum, left);
   }
+  unroll<0, R>([&](auto i) __attribute__((always_inline)) { squares[i] = sum_of_lanes<double>(square[i]); });
+}
+
+void block_sums(const float* x, int64_t rows, int64_t stride, int64_t count, float* sums, double* squares) {
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) add_rows<4>(x + i * stride, stride, count, i == 0, sums, squares + i);
+  for (; i < rows; ++i) add_rows<1>(x + i * stride, stride, count, i == 0, sums, squares + i);
 }
 
 double centre_row(const float* from, const float* mean, float* to, int64_t count) {
@@ -32,17 +42,8 @@ double centre_row(const float* from, const float* mean, float* to, int64_t count
     square += squares.low + squares.high;
   }
   for (int64_t d = (count + n - 1) / n * n; d % kPadding != 0; d += n) store(to + d, V{});
-  return sum_of_lanes(square);
+  return sum_of_lanes<double>(square);
 }
-
-// A prefetch into a page whose address is not in the TLB is dropped: a load from each page first.
-void open_pages(const float* x, int64_t count) {
-  constexpr int64_t page = 4096 / sizeof(float);
-  for (int64_t d = 0; d < count; d += page) {
-    [[maybe_unused]] const volatile float opened = static_cast<const volatile float*>(x)[d];
-  }
-}
-WSSS_ALWAYS_INLINE void fetch(const float* x) { __builtin_prefetch(x, 0, 2); }
 
 // packed, partial: of the tile's first vector, of `vectors` in all.
 template <int R, int C>
@@ -93,12 +94,7 @@ void products(const float* const* rows, const float* const* next, int count, con
     for (; i + R <= count; i += R) tiles<R>(rows + i, next + i, packed, vectors, begin, end, partial + i * vectors * n);
     for (; i < count; ++i) tiles<1>(rows + i, next + i, packed, vectors, begin, end, partial + i * vectors * n);
   }
-  for (int64_t i = 0; i < count * vectors; ++i) {
-    const V v = load(partial + i * n);
-    float sum = 0;
-    for (int j = 0; j < n; ++j) sum += v[j];
-    out[i] = sum;
-  }
+  for (int64_t i = 0; i < count * vectors; ++i) out[i] = sum_of_lanes<float>(load(partial + i * n));
 }
 
 void move_row(const float* x, const float* next, int64_t count, double* from, double* to) {
@@ -118,20 +114,30 @@ void move_row(const float* x, const float* next, int64_t count, double* from, do
 }
 
 double move_center(const double* sums, double rows, int64_t count, const float* before, float* center) {
-  double square = 0;
-  const double weight = 1 / rows;
-  for (int64_t d = 0; d < count; ++d) {
-    center[d] = float(sums[d] * weight);
-    const double move = double(center[d]) - double(before[d]);
+  constexpr int half = kLanes<double>;
+  typedef float Half __attribute__((vector_size(WSSS_VECTOR_BYTES / 2)));
+  const Vec<double> weight = splat(1 / rows);
+  Vec<double> square{};
+  for (int64_t d = 0; d < count; d += half) {
+    const Half value = __builtin_convertvector(load(sums + d) * weight, Half);
+    std::memcpy(center + d, &value, sizeof value);
+    Half old;
+    std::memcpy(&old, before + d, sizeof old);
+    const Vec<double> move = __builtin_convertvector(value, Vec<double>) - __builtin_convertvector(old, Vec<double>);
     square += move * move;
   }
-  return square;
+  return sum_of_lanes<double>(square);
 }
 
 double spread(const double* sums, double rows, int64_t count, const float* center) {
-  double sum = 0;
-  for (int64_t d = 0; d < count; ++d) sum += (rows * double(center[d]) - 2 * sums[d]) * double(center[d]);
-  return sum;
+  constexpr int half = kLanes<double>;
+  Vec<double> sum{};
+  for (int64_t d = 0; d < count; d += n) {
+    const DoublePair v = widen(load(center + d));
+    sum += (splat(rows) * v.low - 2 * load(sums + d)) * v.low;
+    sum += (splat(rows) * v.high - 2 * load(sums + d + half)) * v.high;
+  }
+  return sum_of_lanes<double>(sum);
 }
 
 double square(const float* a, int64_t count) {
@@ -141,7 +147,7 @@ double square(const float* a, int64_t count) {
     const DoublePair squares = widen(v * v);
     sum += squares.low + squares.high;
   }
-  return sum_of_lanes(sum);
+  return sum_of_lanes<double>(sum);
 }
 
 double square_distance(const float* a, const float* b, int64_t count) {
@@ -151,11 +157,11 @@ double square_distance(const float* a, const float* b, int64_t count) {
     const DoublePair squares = widen(move * move);
     sum += squares.low + squares.high;
   }
-  return sum_of_lanes(sum);
+  return sum_of_lanes<double>(sum);
 }
 
 extern const KMeansKernels kmeans_kernels;
-constexpr KMeansKernels kmeans_kernels = {block_sums,  centre_row, products, open_pages,     move_row,
+constexpr KMeansKernels kmeans_kernels = {block_sums,  centre_row, products, open_pages<float>, move_row,
                                           move_center, spread,     square,   square_distance};
 
 }  // namespace WSSS_ISA

@@ -10,12 +10,10 @@ void Solver::seed(const Team& team, const double* draws) {
   std::vector<const float*> others{row(first)};
   std::vector<float> apart;  // squares of the distances between candidates and the centers so far
   pack(team, others.data(), 1);
-  for_products(
-      team, 1, [](int64_t) { return true; },
-      [&](int64_t i, const float* product) {
-        upper_[i] = std::max(norms_[i] + norms_[first] - 2 * product[0], 0.0f);
-        near_[i] = 0;
-      });
+  for_products(team, of_share(team, [](int64_t) { return true; }), 1, [&](int64_t i, const float* product) {
+    upper_[i] = std::max(norms_[i] + norms_[first] - 2 * product[0], 0.0f);
+    near_[i] = 0;
+  });
   team.barrier();
   if (team.thread == 0) chosen_.assign(1, first);
   for (int64_t j = 1; j < p_.clusters; ++j) {
@@ -40,7 +38,7 @@ void Solver::seed(const Team& team, const double* draws) {
       std::fill_n(&candidate_distances_[i * trials_], trials_, upper_[i]);
       return false;
     };
-    for_products(team, trials_, may_be_nearer, [&](int64_t i, const float* product) {
+    for_products(team, of_share(team, may_be_nearer), trials_, [&](int64_t i, const float* product) {
       for (int64_t t = 0; t < trials_; ++t) {
         const float square = std::max(norms_[i] + norms_[candidates_[t]] - 2 * product[t], 0.0f);
         candidate_distances_[i * trials_ + t] = std::min(upper_[i], square);

@@ -54,7 +54,9 @@ Solver::Solver(const KMeansProblem& problem, double tol, int threads)
       chunk_moves_(problem.clusters * chunks_),
       group_moves_(groups_),
       work_size_(size_t(kRowsAtOnce) * std::max(problem.clusters, trials_) * (kPadding + 1)),
-      work_(work_size_ * threads) {}
+      work_(work_size_ * threads) {
+  if (CoarseRows::usable(p_.clusters, depth_)) coarse_ = std::make_unique<CoarseRows>(p_.rows, p_.clusters, depth_);
+}
 
 void Solver::prepare(const Team& team) {
   for (int64_t block = team.begin(blocks_); block < team.end(blocks_); ++block) {
@@ -113,6 +115,7 @@ void Solver::run(const Team& team, int64_t run, int64_t iterations) {
   if (team.thread == 0) {
     std::fill(counts_.begin(), counts_.end(), 0);
     bounded_ = assigned_ = false;
+    reread_ = p_.rows;
   }
   team.barrier();
   bool settled = false;
@@ -178,39 +181,71 @@ void Solver::assign(const Team& team) {
   for (int64_t j = 0; j < p_.clusters; ++j) others[j] = center(j);
   pack(team, others.data(), p_.clusters);
   const float largest = *std::max_element(center_norms_.begin(), center_norms_.end());
-  const auto may_change = [&](int64_t i) {
-    if (!bounded_) return true;
-    const float upper = upper_[i] = (upper_[i] + moves_[labels_[i]]) * (1 + kStep);
-    float* const lower = &lower_[i * groups_];
-    float least = kInfinity;
-    for (int64_t g = 0; g < groups_; ++g) {
-      lower[g] = std::max(lower[g] - group_moves_[g], 0.0f) * (1 - kStep);
-      least = std::min(least, lower[g]);
+  std::vector<int64_t> numbers = of_share(team, [&](int64_t i) { return may_change(i); });
+  // Once as many rows were read as all have, the next pass reads them all and makes a new base.
+  const bool rebase = coarse_ && reread_ >= p_.rows;
+  if (rebase) {
+    coarse_->rebase(team, centers_.get());
+    if (team.thread == 0) {
+      base_largest_ = largest;
+      reread_ = 0;
     }
-    return !(upper < least);
-  };
-  for_products(team, p_.clusters, may_change, [&](int64_t i, const float* product) {
-    int64_t label = 0;
-    float nearest = kInfinity;
-    for (int64_t j = 0; j < p_.clusters; ++j) {
-      const float value = center_norms_[j] - 2 * product[j];
-      if (value < nearest) {
-        nearest = value;
-        label = j;
-      }
-    }
-    labels_[i] = label;
-    const float norm = norms_[i], slack = kRounding * (norm + largest);
-    upper_[i] = std::sqrt(std::max(nearest + norm, 0.0f) + slack);
-    float* const lower = &lower_[i * groups_];
-    std::fill_n(lower, groups_, kInfinity);
-    for (int64_t j = 0; j < p_.clusters; ++j) {
-      if (j != label) lower[j % groups_] = std::min(lower[j % groups_], center_norms_[j] - 2 * product[j]);
-    }
-    for (int64_t g = 0; g < groups_; ++g) lower[g] = std::sqrt(std::max(lower[g] + norm - slack, 0.0f));
+  } else if (coarse_) {
+    coarse_->follow(team, centers_.get());
+    const auto known = std::partition(numbers.begin(), numbers.end(), [&](int64_t i) { return !coarse_->kept(i); });
+    std::vector<int64_t> coarse(known, numbers.end());
+    numbers.erase(known, numbers.end());
+    const float rounding = 2 * kRounding, most = std::max(largest, base_largest_);
+    coarse_->for_bounds(coarse, norms_.data(), [&](int64_t i, const float* product, const float* error) {
+      const float slack = rounding * (norms_[i] + most);
+      const bool certain = set_bounds(i, product, [&](int64_t j) { return slack + 2 * error[j]; });
+      if (!certain) numbers.push_back(i);
+    });
+  }
+  for_products(team, numbers, p_.clusters, [&](int64_t i, const float* product) {
+    const float slack = kRounding * (norms_[i] + largest);
+    set_bounds(i, product, [=](int64_t) { return slack; });
+    if (rebase) coarse_->keep(i, row(i), product);
   });
+  if (!rebase) reread_ += int64_t(numbers.size());
   if (team.thread == 0) assigned_ = true;
   team.barrier();
+}
+
+bool Solver::may_change(int64_t i) {
+  if (!bounded_) return true;
+  const float upper = upper_[i] = (upper_[i] + moves_[labels_[i]]) * (1 + kStep);
+  float* const lower = &lower_[i * groups_];
+  float least = kInfinity;
+  for (int64_t g = 0; g < groups_; ++g) {
+    lower[g] = std::max(lower[g] - group_moves_[g], 0.0f) * (1 - kStep);
+    least = std::min(least, lower[g]);
+  }
+  return !(upper < least);
+}
+
+template <class Error>
+bool Solver::set_bounds(int64_t i, const float* product, Error&& error) {
+  const auto value = [&](int64_t j) { return center_norms_[j] - 2 * product[j]; };
+  int64_t label = 0;
+  for (int64_t j = 1; j < p_.clusters; ++j) {
+    if (value(j) < value(label)) label = j;
+  }
+  const float norm = norms_[i];
+  const float upper = upper_[i] = std::sqrt(std::max(value(label) + norm, 0.0f) + error(label));
+  float* const lower = &lower_[i * groups_];
+  std::fill_n(lower, groups_, kInfinity);
+  for (int64_t j = 0, g = 0; j < p_.clusters; ++j) {
+    if (j != label) lower[g] = std::min(lower[g], value(j) - error(j));
+    if (++g == groups_) g = 0;
+  }
+  float least = kInfinity;
+  for (int64_t g = 0; g < groups_; ++g) {
+    lower[g] = std::sqrt(std::max(lower[g] + norm, 0.0f));
+    least = std::min(least, lower[g]);
+  }
+  labels_[i] = label;
+  return upper < least;
 }
 
 void Solver::account(const Team& team) {

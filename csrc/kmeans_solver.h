@@ -1,21 +1,23 @@
 // Lloyd's iterations on one problem; every thread of a team calls the same methods, which meet at the team's barriers.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
 #include "common/buffer.h"
 #include "common/parallel.h"
 #include "kmeans.h"
+#include "kmeans_coarse.h"
 #include "kmeans_kernels.h"
 
 namespace wsss {
 namespace kmeans {
 
+const KMeansKernels& kernels();
+
 // Of a product in float32, of the two squares' sum.
 inline constexpr float kRounding = 3e-6f;
-
-const KMeansKernels& kernels();
 
 class Solver {
  public:
@@ -33,29 +35,28 @@ class Solver {
   // For the products: kPadding values of every vector, the next kPadding of every vector, ...
   void pack(const Team& team, const float* const* others, int64_t vectors);
 
-  // body(row number, its products with the packed vectors) for the rows of the thread's share that wanted(row).
-  template <class Wanted, class Body>
-  void for_products(const Team& team, int64_t vectors, Wanted&& wanted, Body&& body) {
+  // body(row number, its products with the packed vectors).
+  template <class Body>
+  void for_products(const Team& team, const std::vector<int64_t>& numbers, int64_t vectors, Body&& body) {
     float* const partial = work_.get() + work_size_ * team.thread;
     float* const out = partial + size_t(kRowsAtOnce) * vectors * kPadding;
+    const int64_t count = int64_t(numbers.size());
     const float* rows[2 * kRowsAtOnce];  // the second half is fetched while the first is worked on
-    int64_t numbers[2 * kRowsAtOnce];
-    int count = 0;
-    std::fill_n(rows, 2 * kRowsAtOnce, row(0));
-    const auto take = [&](int taken) {
+    for (int64_t first = 0; first < count; first += kRowsAtOnce) {
+      for (int64_t r = 0; r < 2 * kRowsAtOnce; ++r) rows[r] = row(numbers[std::min(first + r, count - 1)]);
+      const int taken = int(std::min<int64_t>(kRowsAtOnce, count - first));
       kernels().products(rows, rows + kRowsAtOnce, taken, packed_.get(), vectors, depth_, out, partial);
-      for (int r = 0; r < taken; ++r) body(numbers[r], out + r * vectors);
-      std::copy(rows + taken, rows + count, rows);
-      std::copy(numbers + taken, numbers + count, numbers);
-      count -= taken;
-    };
-    for (int64_t i = team.begin(p_.rows); i < team.end(p_.rows); ++i) {
-      if (!wanted(i)) continue;
-      rows[count] = row(i);
-      numbers[count++] = i;
-      if (count == 2 * kRowsAtOnce) take(kRowsAtOnce);
+      for (int r = 0; r < taken; ++r) body(numbers[first + r], out + r * vectors);
     }
-    while (count > 0) take(std::min(count, kRowsAtOnce));
+  }
+  // Rows of the thread's share that wanted(row).
+  template <class Wanted>
+  std::vector<int64_t> of_share(const Team& team, Wanted&& wanted) const {
+    std::vector<int64_t> numbers;
+    for (int64_t i = team.begin(p_.rows); i < team.end(p_.rows); ++i) {
+      if (wanted(i)) numbers.push_back(i);
+    }
+    return numbers;
   }
 
   // Greedy k-means++: of a few candidates drawn by their squared distance, the one that leaves the least.
@@ -65,6 +66,11 @@ class Solver {
 
   // labels_ of the centers; upper_ and lower_ bound the distance to the own center and to each group of others.
   void assign(const Team& team);
+  // Takes the moves of the centers off the bounds; -> whether the label may be another now.
+  bool may_change(int64_t i);
+  // product: with the centers, error(j): of the square distance from center j; -> whether the label is certain.
+  template <class Error>
+  bool set_bounds(int64_t i, const float* product, Error&& error);
   // Sums and numbers of rows of the centers after labels_; changed_ lists the rows that moved.
   void account(const Team& team);
   // Centers to the means of their rows; -> whether no label changed. shift_: the sum of the squared moves.
@@ -94,6 +100,9 @@ class Solver {
   std::vector<float> group_moves_;
   const size_t work_size_;
   const Buffer<float> work_;
+  std::unique_ptr<CoarseRows> coarse_;  // null: of no use for these rows
+  std::atomic<int64_t> reread_{0};      // rows whose products were taken since the base of coarse_
+  float base_largest_ = 0;              // of the centers' squares then
   std::vector<int64_t> chosen_, candidates_, changed_;
   int64_t best_ = 0, empty_ = 0;
   double enough_ = 0, shift_ = 0, squares_ = 0;

@@ -193,7 +193,7 @@ WSSS_ALWAYS_INLINE void finish_tile(const AffinityProblem& problem, const Affini
         store_some(row + x, v, tile.x_end - x);
       }
     }
-    row_sums[y - tile.y_begin] = sum_of_lanes(row_sum);
+    row_sums[y - tile.y_begin] = sum_of_lanes<double>(row_sum);
   }
 }
 

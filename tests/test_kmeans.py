@@ -62,6 +62,44 @@ def test_against_float64(wk, shape, offset, assert_close, nan_filled):
         check_against_float64(result, x, k, assert_close, init=start.double(), **options)
 
 
+def rows_of_kind(kind, rows, dim):
+    """What bounds from rounded rows have to bear; clusters overlap, so that many iterations follow."""
+    generator = torch.Generator().manual_seed(7)
+    x = blobs(rows, dim, seed=5, count=30, spread=2.0)
+    if kind == "signed":
+        return x - 0.7
+    if kind == "offset":
+        return x + 3.0
+    if kind == "one large column":
+        x[:, dim // 2] += 300 * torch.rand(rows, generator=generator)
+    if kind == "rows of all sizes":
+        return x * 10 ** (4 * torch.rand(rows, 1, generator=generator) - 2)
+    if kind == "flat rows":
+        x[::3] = torch.rand(len(x[::3]), 1, generator=generator)
+    if kind == "repeated rows":
+        return x[torch.randint(rows // 3, (rows,), generator=generator)]
+    if kind == "tiny":
+        return 1e-12 * x
+    return x
+
+
+KINDS = ["plain", "signed", "offset", "one large column", "rows of all sizes", "flat rows", "repeated rows", "tiny"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(700, 300, 10), (301, 1024, 16), (64, 257, 3)], ids=str)
+def test_many_iterations_over_long_rows(wk, kind, shape, assert_close, nan_filled):
+    """Most labels are told there without reading the rows: they are those of the plain algorithm all the same."""
+    rows, dim, k = shape
+    x = rows_of_kind(kind, rows, dim)
+    start = some_rows(x, k)
+    for options in ({"tol": 0.0}, {"iterations": 4}):
+        result = wk.kmeans(x, k, init=start, **options)
+        check_against_float64(result, x, k, assert_close, init=start.double(), **options)
+    seeded = wk.kmeans(x, k, n_init=2, seed=2)
+    check_against_float64(seeded, x, k, assert_close, n_init=2, seed=2)
+
+
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_against_scikit_learn(wk, shape):
     rows, dim, k = shape
@@ -219,7 +257,7 @@ def test_layouts(wk):
 
 @pytest.mark.native
 def test_same_bits_for_any_number_of_threads():
-    problems = [blobs(700, 256), blobs(130, 37, offset=50.0), blobs(400, 512, seed=2), blobs(9, 3)]
+    problems = [blobs(700, 256, spread=2.0), blobs(130, 37, offset=50.0), blobs(400, 512, seed=2), blobs(9, 3)]
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7, 2, 7):

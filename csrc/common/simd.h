@@ -106,10 +106,14 @@ WSSS_ALWAYS_INLINE DoublePair widen(Vec<float> v) {
   std::memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
   return {__builtin_convertvector(low, Vec<double>), __builtin_convertvector(high, Vec<double>)};
 }
-WSSS_ALWAYS_INLINE double sum_of_lanes(Vec<double> v) {
-  double sum = 0;
-  for (int i = 0; i < kLanes<double>; ++i) sum += v[i];
-  return sum;
+
+WSSS_ALWAYS_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// A prefetch into a page whose address is not in the TLB is dropped: a load from each page first.
+template <class T>
+void open_pages(const T* p, int64_t count) {
+  constexpr int64_t page = 4096 / sizeof(T);
+  for (int64_t i = 0; i < count; i += page) [[maybe_unused]]
+    const volatile T opened = static_cast<const volatile T*>(p)[i];
 }
 
 // Keeps a loaded value in its register: compilers like to fold a load into each of its uses, and loads are what bounds
@@ -163,6 +167,20 @@ WSSS_ALWAYS_INLINE Vec<T> next_lane(Vec<T> v) {
 template <class T>
 WSSS_ALWAYS_INLINE Vec<T> previous_lane(Vec<T> v) {
   return previous_lane<T>(v, typename MakeIndices<kLanes<T>>::type{});
+}
+
+// Pairs of lanes added, then pairs of pairs, ...
+template <class T, int D, int... I>
+WSSS_ALWAYS_INLINE T sum_of_pairs(Vec<T> v, Indices<I...> lanes) {
+  if constexpr (D == 0) {
+    return v[0];
+  } else {
+    return sum_of_pairs<T, D / 2>(v + __builtin_shufflevector(v, v, (I ^ D)...), lanes);
+  }
+}
+template <class T>
+WSSS_ALWAYS_INLINE T sum_of_lanes(Vec<T> v) {
+  return sum_of_pairs<T, kLanes<T> / 2>(v, typename MakeIndices<kLanes<T>>::type{});
 }
 
 template <class T, int D, int... I>
