@@ -59,10 +59,9 @@ void class_context_cpu(const float* feats, const float* weights, const int32_t* 
       scales[c] = float(1 / (chosen.sums()[c] + 1e-5));
     }
     parallel(threads, [&](const Team& team) {
-      for (int64_t d = team.begin(shape.dim); d < team.end(shape.dim); ++d) {
-        kernels().gather(chosen.view(), feats + (b * shape.dim + d) * shape.pixels, scales.data(),
-                         prototypes + b * shape.classes * shape.dim + d, shape.dim);
-      }
+      const int64_t d = team.begin(shape.dim);
+      kernels().gather(chosen.view(), feats + (b * shape.dim + d) * shape.pixels, shape.pixels, team.end(shape.dim) - d,
+                       scales.data(), prototypes + b * shape.classes * shape.dim + d, shape.dim);
     });
   }
 }
@@ -76,11 +75,11 @@ void class_context_backward_cpu(const float* grad, const float* weights, const i
     const Chosen chosen(weights + b * shape.pixels, classes + b * shape.pixels, shape);
     for (int64_t c = 0; c < shape.classes; ++c) scales[c] = float(1 / (double(sums[b * shape.classes + c]) + 1e-5));
     parallel(threads, [&](const Team& team) {
-      for (int64_t d = team.begin(shape.dim); d < team.end(shape.dim); ++d) {
-        float* const row = grad_feats + (b * shape.dim + d) * shape.pixels;
-        std::fill_n(row, shape.pixels, 0.0f);
-        kernels().scatter(chosen.view(), grad + b * shape.classes * shape.dim + d, scales.data(), shape.dim, row);
-      }
+      const int64_t d = team.begin(shape.dim), channels = team.end(shape.dim) - d;
+      float* const rows = grad_feats + (b * shape.dim + d) * shape.pixels;
+      std::fill_n(rows, channels * shape.pixels, 0.0f);
+      kernels().scatter(chosen.view(), grad + b * shape.classes * shape.dim + d, scales.data(), shape.dim, shape.pixels,
+                        channels, rows);
     });
   }
 }

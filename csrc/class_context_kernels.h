@@ -13,10 +13,13 @@ struct ContextPixels {
 };
 
 struct ContextKernels {
-  // A row of features [H W] -> its weighted sum for each class, times scales[class], `stride` values apart.
-  void (*gather)(const ContextPixels& pixels, const float* feats, const float* scales, float* out, int64_t stride);
+  // Channels of features, [H W] = plane values each -> their weighted sums for each class, times scales[class]: those
+  // of a class side by side, the classes `stride` values apart.
+  void (*gather)(const ContextPixels& pixels, const float* feats, int64_t plane, int64_t channels, const float* scales,
+                 float* out, int64_t stride);
   // The transpose: values of the classes to their pixels; the others are left alone.
-  void (*scatter)(const ContextPixels& pixels, const float* grad, const float* scales, int64_t stride, float* feats);
+  void (*scatter)(const ContextPixels& pixels, const float* grad, const float* scales, int64_t stride, int64_t plane,
+                  int64_t channels, float* feats);
 };
 
 }  // namespace wsss
