@@ -23,6 +23,8 @@ endif
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 # What runs once more without the compiled module: all that reaches the fall-back, in seconds. References are slow.
 FALLBACK_TESTS := $(addprefix tests/test_,info.py labels.py colour.py neighbours.py compat.py)
+# For every architecture: minutes.
+NVCC_TESTS := tests/test_cuda_compile.py
 # PyTorch without CUDA is a tenth of the download. Asked only where it helps and pip was not told where to look.
 CPU_TORCH := https://download.pytorch.org/whl/cpu
 
@@ -42,14 +44,16 @@ demo: $(VENV)/.with-demo
 	@$(BIN)/wsss demo
 
 test: $(VENV)/.with-test
-	@# The Triton kernels run in their interpreter meanwhile, which must be chosen before triton is imported.
+	@# Meanwhile, what needs other settings: the Triton kernels in their interpreter, which must be chosen before triton
+	@# is imported, nvcc's minutes, and the references, which carry it alone where the compiled module is missing.
 	@log=$$(mktemp); trap 'rm -f '$$log EXIT; \
-	TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -q tests/triton >$$log 2>&1 & triton=$$!; \
-	WSSS_REQUIRE_NATIVE=1 $(VENV_PYTHON) -m pytest $(PYTEST_ARGS); native=$$?; \
-	wait $$triton; triton=$$?; \
-	echo "The Triton kernels in their interpreter:"; cat $$log; exit $$((native | triton))
-	@echo "Once more with the compiled module hidden: the references carry it alone."
-	WSSS_DISABLE_NATIVE=1 $(VENV_PYTHON) -m pytest -q $(FALLBACK_TESTS)
+	( TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -q tests/triton $(NVCC_TESTS); first=$$?; \
+	  echo "The compiled module hidden:"; \
+	  WSSS_DISABLE_NATIVE=1 $(VENV_PYTHON) -m pytest -q $(FALLBACK_TESTS); exit $$((first | $$?)) ) >$$log 2>&1 & others=$$!; \
+	WSSS_REQUIRE_NATIVE=1 $(VENV_PYTHON) -m pytest $(NVCC_TESTS:%=--ignore=%) $(PYTEST_ARGS); native=$$?; \
+	wait $$others; others=$$?; \
+	echo "Meanwhile, the Triton kernels in their interpreter and what nvcc makes of the CUDA sources:"; cat $$log; \
+	exit $$((native | others))
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .
