@@ -52,21 +52,25 @@ class Config:
         return {"fg": self.fg, "bg": self.bg}
 
 
+_TINY = Config(
+    backbone="resnet18",
+    strides=(2, 1, 2, 1),
+    width=24,
+    edge_width=16,
+    norm="train",
+    frozen=False,
+    radius=5,
+    fg=0.15,  # its CAMs have narrow peaks
+    steps=16,  # on maps of 28 x 28, that far across as 256 on the published ones
+    recipe=replace(TINY, weight_decay=1e-4),
+)
 PRESETS = {
     "published": Config(),
     "resnet101": Config(backbone="resnet101"),
-    "tiny": Config(
-        backbone="resnet18",
-        strides=(2, 1, 2, 1),
-        width=24,
-        edge_width=16,
-        norm="train",
-        frozen=False,
-        radius=5,
-        fg=0.15,  # its CAMs have narrow peaks
-        steps=16,  # on maps of 28 x 28, that far across as 256 on the published ones
-        recipe=replace(TINY, weight_decay=1e-4),
-    ),
+    "tiny": _TINY,
+    # After Puzzle-CAM, which has label settings of its own:
+    "puzzlecam-published": Config(fg=0.40, bg=0.10, background=0.35),
+    "puzzlecam-tiny": replace(_TINY, fg=0.10, bg=0.03),  # its maps are narrower still
 }
 ABLATIONS = {
     "published labels": ["affinity.fg=0.3", "affinity.bg=0.05"],

@@ -82,14 +82,18 @@ PRESETS = {
         backbone="resnet18",
         strides=(2, 1, 2, 1),  # small pictures: output stride 8
         width=24,
-        alpha=0.25,  # 4 keeps a network that begins with random weights from learning its classes, 1 shrinks its maps
+        # Scores agree best where they are small, and maps shrink to what tells a class; normalised, they cannot.
+        level="cam",
+        tile_loss=False,  # half an object need not hold that part
         recipe=TINY,
     ),
 }
 ABLATIONS = {
     "baseline": ["classifier.alpha=0", "classifier.tile_loss=False"],
     "reconstruction only": ["classifier.tile_loss=False"],
-    "tiles' loss only": ["classifier.alpha=0"],
+    "tiles' loss only": ["classifier.alpha=0", "classifier.tile_loss=True"],
+    "both": ["classifier.tile_loss=True"],
+    "scores compared": ["classifier.level=scores"],
     "16 pieces": ["classifier.pieces=16"],
     "present classes only": ["classifier.reconstruction=selected"],
     "squares": ["classifier.p=2"],

@@ -170,8 +170,8 @@ def test_systems_that_are_classifiers(scenes, tmp_path, capsys, system):
 @pytest.mark.parametrize(
     ("system", "which", "affinity", "segmentation"),
     [
-        ("puzzlecam", "published", ("irnet", "published"), "v3plus"),
-        ("puzzlecam", "tiny", ("irnet", "tiny"), "tiny"),
+        ("puzzlecam", "published", ("irnet", "puzzlecam-published"), "v3plus"),
+        ("puzzlecam", "tiny", ("irnet", "puzzlecam-tiny"), "tiny"),
         ("vwe", "vwl-m", ("irnet", "resnet101"), "published"),
         ("vwe", "tiny-m", ("irnet", "tiny"), "tiny"),
     ],

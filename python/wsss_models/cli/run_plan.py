@@ -153,10 +153,11 @@ def networks_of(plan: Plan) -> dict[str, tuple[str, str]]:
 
 
 def _refiner_preset(plan: Plan, classifier: tuple[str, str]) -> str:
-    """Of the run's own name, or else the first with the classifier's backbone."""
+    """For this system, or of the run's own name, or else the first with the classifier's backbone."""
     presets, backbone = system(plan.refiner).PRESETS, preset(*classifier).backbone
-    if plan.preset in presets:
-        return plan.preset
+    for name in (f"{plan.system}-{plan.preset}", plan.preset):
+        if name in presets:
+            return name
     for name, config in presets.items():
         if config.backbone == backbone and getattr(config, "stage", "affinity") == "affinity":
             return name
