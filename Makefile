@@ -43,17 +43,22 @@ help:
 demo: $(VENV)/.with-demo
 	@$(BIN)/wsss demo
 
+ifeq ($(strip $(PYTEST_ARGS)),)
 test: $(VENV)/.with-test
 	@# Meanwhile, what needs other settings: the Triton kernels in their interpreter, which must be chosen before triton
 	@# is imported, nvcc's minutes, and the references, which carry it alone where the compiled module is missing.
-	@log=$$(mktemp); trap 'rm -f '$$log EXIT; \
+	@log=$$(mktemp); trap 'rm -f '$$log EXIT; trap 'rm -f '$$log'; trap - TERM; kill 0' INT TERM; \
 	( TRITON_INTERPRET=1 $(VENV_PYTHON) -m pytest -q tests/triton $(NVCC_TESTS); first=$$?; \
 	  echo "The compiled module hidden:"; \
 	  WSSS_DISABLE_NATIVE=1 $(VENV_PYTHON) -m pytest -q $(FALLBACK_TESTS); exit $$((first | $$?)) ) >$$log 2>&1 & others=$$!; \
-	WSSS_REQUIRE_NATIVE=1 $(VENV_PYTHON) -m pytest $(NVCC_TESTS:%=--ignore=%) $(PYTEST_ARGS); native=$$?; \
+	WSSS_REQUIRE_NATIVE=1 $(VENV_PYTHON) -m pytest $(NVCC_TESTS:%=--ignore=%); native=$$?; \
 	wait $$others; others=$$?; \
 	echo "Meanwhile, the Triton kernels in their interpreter and what nvcc makes of the CUDA sources:"; cat $$log; \
 	exit $$((native | others))
+else
+test: $(VENV)/.with-test
+	WSSS_REQUIRE_NATIVE=1 $(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+endif
 
 lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .

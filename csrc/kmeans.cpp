@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <exception>
+#include <mutex>
 
 #include "kmeans_solver.h"
 
@@ -59,17 +61,33 @@ int64_t kmeans_cpu(const std::vector<KMeansProblem>& problems, int64_t iteration
   }
   std::stable_sort(small.begin(), small.end(),
                    [&](int64_t a, int64_t b) { return products(problems[a]) > products(problems[b]); });
+  // Those that would keep one thread busy while the others wait, too.
+  size_t first = 0;
+  for (; first < small.size() && (small.size() - first) % threads != 0; ++first) {
+    const KMeansProblem& problem = problems[small[first]];
+    if (worthwhile(problem, threads) < threads) break;
+    if (!solve(problem, iterations, tol, threads)) note(small[first]);
+  }
+  small.erase(small.begin(), small.begin() + first);
   const int team = int(std::min<int64_t>(threads, int64_t(small.size())));
   if (team == 1) {
     for (const int64_t i : small) {
       if (!solve(problems[i], iterations, tol, worthwhile(problems[i], threads))) note(i);
     }
   } else if (team > 1) {
+    std::mutex failing;
+    std::exception_ptr failure;  // memory that there is not
     parallel(team, [&](const Team&) {
       for (int64_t i = next++; i < int64_t(small.size()); i = next++) {
-        if (!solve(problems[small[i]], iterations, tol, 1)) note(small[i]);
+        try {
+          if (!solve(problems[small[i]], iterations, tol, 1)) note(small[i]);
+        } catch (...) {
+          const std::lock_guard<std::mutex> lock(failing);
+          failure = std::current_exception();
+        }
       }
     });
+    if (failure) std::rethrow_exception(failure);
   }
   return bad < count ? int64_t(bad) : -1;
 }

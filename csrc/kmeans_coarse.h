@@ -1,4 +1,4 @@
-// Rows as bytes: a quarter of the memory and half of the arithmetic, for bounds that mostly tell a row's label.
+// Rows as bytes: a quarter of the memory and of the instructions, for bounds that mostly tell a row's label.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -13,11 +13,10 @@ namespace kmeans {
 
 const KMeansCoarseKernels& coarse_kernels();
 
-inline constexpr int64_t kMostCoarse = 16;  // centers
+inline constexpr int64_t kMostCoarse = 16;  // centers: up to as many each row has a bound for each of them
 
-// With x = low + step * bytes + rest and a center c = base + move, where x . base is known from a pass over all rows:
-//   x . c = x . base + (low + step * bytes) . rounded move, within |rest| |move| + (|x| + |rest|) |move - rounded
-//   move|.
+// A row is x = low + step * bytes + rest, a center c = base + move; x . base is known from a pass over the rows. Then
+// x . c is x . base + (low + step * bytes) . rounded move, within |rest| |move| + (|x| + |rest|) |move - rounded move|.
 class CoarseRows {
  public:
   static bool usable(int64_t clusters, int64_t depth) {
@@ -33,7 +32,7 @@ class CoarseRows {
   void keep(int64_t i, const float* row, const float* products);
   bool kept(int64_t i) const { return rows_[i].base == base_number_; }
 
-  // body(row number, products with the centers, their errors) of kept rows; norms: their squares.
+  // body(row number, products with the centers, their errors) of these rows, all of them kept; norms: their squares.
   template <class Body>
   void for_bounds(const std::vector<int64_t>& numbers, const float* norms, Body&& body) const {
     const uint8_t* bytes[2 * kRowsAtOnce];  // the second half is fetched while the first is worked on
@@ -63,7 +62,8 @@ class CoarseRows {
     float step, sum, length, rest;
   };
 
-  static constexpr int64_t kLeastDepth = 256, kMostDepth = INT32_MAX / (255 * 127);  // sums stay within 32 bits
+  static constexpr int64_t kLeastDepth = 256;                     // below, the rest of the work on a row is what counts
+  static constexpr int64_t kMostDepth = INT32_MAX / (255 * 127);  // sums stay within 32 bits
   void bound(int64_t i, float norm, const int32_t* sums, float* products, float* errors) const;
 
   const int64_t clusters_, depth_, stride_;

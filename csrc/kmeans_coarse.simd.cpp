@@ -8,6 +8,8 @@ extern const KMeansCoarseKernels kmeans_coarse_kernels;
 
 #if defined(__AVX512BW__)
 
+namespace {
+
 constexpr int n = kLanes<float>;
 constexpr int kChunk = 4 * n;  // values of a packed vector that lie side by side: bytes that fill a vector
 static_assert(kBytePadding % kChunk == 0);
@@ -26,9 +28,13 @@ float largest(V v) {
   for (int i = 1; i < n; ++i) most = v[i] > most ? v[i] : most;
   return most;
 }
-// Steps to the whole numbers 0..count of a range; where the reciprocal could overflow there are none.
-float steps_of(float range, float count) { return range > 1e-30f ? count / range : 0.0f; }
-float step_of(float range, float count) { return range > 1e-30f ? range / count : 0.0f; }
+// From a range to the whole numbers 0..count and back; where the reciprocal could overflow all of them are 0.
+struct Scale {
+  float to, from;
+};
+Scale scale_of(float range, float count) {
+  return range > 1e-30f ? Scale{count / range, range / count} : Scale{0.0f, 0.0f};
+}
 
 float to_bytes(const float* from, int64_t count, uint8_t* bytes, float* low, float* step) {
   V most = load(from), opposite = -most;
@@ -37,20 +43,19 @@ float to_bytes(const float* from, int64_t count, uint8_t* bytes, float* low, flo
     opposite = larger(-load(from + d), opposite);
   }
   const float first = -largest(opposite), range = largest(most) - first;
-  const float size = step_of(range, 255);
-  const V steps = splat(steps_of(range, 255));
+  const Scale scale = scale_of(range, 255);
   V rest{};
   for (int64_t d = 0; d < count; d += n) {
     const V above = load(from + d) - splat(first);
-    const Whole whole = __builtin_convertvector(above * steps + splat(0.5f), Whole);
+    const Whole whole = __builtin_convertvector(above * splat(scale.to) + splat(0.5f), Whole);
     const Bytes narrow = __builtin_convertvector(whole, Bytes);
     std::memcpy(bytes + d, &narrow, sizeof narrow);
-    const V left = above - __builtin_convertvector(whole, V) * splat(size);
+    const V left = above - __builtin_convertvector(whole, V) * splat(scale.from);
     rest += left * left;
   }
   for (int64_t d = count; d % kBytePadding != 0; ++d) bytes[d] = 0;
   *low = first;
-  *step = size;
+  *step = scale.from;
   return sum_of_lanes<float>(rest);
 }
 
@@ -61,16 +66,15 @@ float round_move(const float* to, const float* from, int64_t count, int64_t j, i
     const V move = load(to + d) - load(from + d);
     most = larger(larger(move, -move), most);
   }
-  const float range = largest(most), size = step_of(range, 127);
-  const V steps = splat(steps_of(range, 127));
+  const Scale scale = scale_of(largest(most), 127);
   const auto part = [&](int64_t d) { return packed + (d / kChunk * vectors + j) * kChunk + d % kChunk; };
   V squares{}, left{}, wholes{};
   for (int64_t d = 0; d < count; d += n) {
-    const V move = load(to + d) - load(from + d), scaled = move * steps;
+    const V move = load(to + d) - load(from + d), scaled = move * splat(scale.to);
     const Whole whole = __builtin_convertvector(scaled + (scaled < V{} ? splat(-0.5f) : splat(0.5f)), Whole);
     const Steps narrow = __builtin_convertvector(whole, Steps);
     std::memcpy(part(d), &narrow, sizeof narrow);
-    const V rounded = __builtin_convertvector(whole, V), over = move - rounded * splat(size);
+    const V rounded = __builtin_convertvector(whole, V), over = move - rounded * splat(scale.from);
     wholes += rounded;
     squares += move * move;
     left += over * over;
@@ -79,7 +83,7 @@ float round_move(const float* to, const float* from, int64_t count, int64_t j, i
   *sum = sum_of_lanes<float>(wholes);
   *length = sum_of_lanes<float>(squares);
   *rest = sum_of_lanes<float>(left);
-  return size;
+  return scale.from;
 }
 
 template <int R, int C>
@@ -123,6 +127,8 @@ void byte_products(const uint8_t* const* rows, const uint8_t* const* next, int c
 }
 
 bool available() { return __builtin_cpu_supports("avx512vnni"); }
+
+}  // namespace
 
 constexpr KMeansCoarseKernels kmeans_coarse_kernels = {available, to_bytes, round_move, byte_products};
 

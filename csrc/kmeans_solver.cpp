@@ -182,7 +182,7 @@ void Solver::assign(const Team& team) {
   pack(team, others.data(), p_.clusters);
   const float largest = *std::max_element(center_norms_.begin(), center_norms_.end());
   std::vector<int64_t> numbers = of_share(team, [&](int64_t i) { return may_change(i); });
-  // Once as many rows were read as all have, the next pass reads them all and makes a new base.
+  // Once as many rows were read as there are, the next pass reads all that may change, from a new base on.
   const bool rebase = coarse_ && reread_ >= p_.rows;
   if (rebase) {
     coarse_->rebase(team, centers_.get());
@@ -228,11 +228,15 @@ template <class Error>
 bool Solver::set_bounds(int64_t i, const float* product, Error&& error) {
   const auto value = [&](int64_t j) { return center_norms_[j] - 2 * product[j]; };
   int64_t label = 0;
-  for (int64_t j = 1; j < p_.clusters; ++j) {
-    if (value(j) < value(label)) label = j;
+  float nearest = kInfinity;  // a center so far away that its value is NaN is nobody's
+  for (int64_t j = 0; j < p_.clusters; ++j) {
+    if (value(j) < nearest) {
+      nearest = value(j);
+      label = j;
+    }
   }
   const float norm = norms_[i];
-  const float upper = upper_[i] = std::sqrt(std::max(value(label) + norm, 0.0f) + error(label));
+  const float upper = upper_[i] = std::sqrt(std::max(nearest + norm, 0.0f) + error(label));
   float* const lower = &lower_[i * groups_];
   std::fill_n(lower, groups_, kInfinity);
   for (int64_t j = 0, g = 0; j < p_.clusters; ++j) {

@@ -70,6 +70,8 @@ def rows_of_kind(kind, rows, dim):
         return x - 0.7
     if kind == "offset":
         return x + 3.0
+    if kind == "one low column":
+        x[:, dim // 2] -= 300
     if kind == "one large column":
         x[:, dim // 2] += 300 * torch.rand(rows, generator=generator)
     if kind == "rows of all sizes":
@@ -80,14 +82,17 @@ def rows_of_kind(kind, rows, dim):
         return x[torch.randint(rows // 3, (rows,), generator=generator)]
     if kind == "tiny":
         return 1e-12 * x
+    if kind == "squares of differences vanish":
+        return 3e-18 * x
     return x
 
 
-KINDS = ["plain", "signed", "offset", "one large column", "rows of all sizes", "flat rows", "repeated rows", "tiny"]
+KINDS = ["plain", "signed", "offset", "one large column", "one low column", "rows of all sizes", "flat rows",
+         "repeated rows", "tiny", "squares of differences vanish"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(700, 300, 10), (301, 1024, 16), (64, 257, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(700, 300, 10), (301, 1024, 16), (200, 512, 9), (64, 257, 3), (20, 256, 1)], ids=str)
 def test_many_iterations_over_long_rows(wk, kind, shape, assert_close, nan_filled):
     """Most labels are told there without reading the rows: they are those of the plain algorithm all the same."""
     rows, dim, k = shape
@@ -183,16 +188,28 @@ def test_tight_clusters_keep_their_inertia(wk, assert_close):
 # Empty clusters, ties
 
 
-def test_empty_clusters_take_the_farthest_rows(wk, assert_close):
-    x = blobs(100, 7)
-    start = torch.cat([some_rows(x, 4), torch.full((3, 7), 1e3)])
+@pytest.mark.parametrize("dim", [7, 300])
+def test_empty_clusters_take_the_farthest_rows(wk, dim, assert_close):
+    x = blobs(100, dim)
+    start = torch.cat([some_rows(x, 4), torch.full((3, dim), 1e3)])
     result = wk.kmeans(x, 7, init=start)
     check_against_float64(result, x, 7, assert_close, init=start.double())
     assert result.labels.unique().numel() == 7
-    one = torch.cat([some_rows(x, 6), torch.full((1, 7), 1e3)])
+    one = torch.cat([some_rows(x, 6), torch.full((1, dim), 1e3)])
     found, expected = wk.kmeans(x, 7, init=one), sklearn_kmeans(x, 7, init=one.numpy())
     assert found.labels.tolist() == expected.labels_.tolist()
     assert found.inertia == pytest.approx(expected.inertia_, rel=1e-5)
+
+
+@pytest.mark.parametrize("far", [0, 2])
+@pytest.mark.parametrize("dim", [8, 300])
+def test_a_center_too_far_for_float32_is_nobodys(wk, dim, far):
+    x = blobs(100, dim)
+    start = some_rows(x, 5)
+    start[far] = 3e38
+    found = wk.kmeans(x, 5, init=start, iterations=1)
+    expected = reference.kmeans(x.double(), 5, init=start.double(), iterations=1)
+    assert torch.equal(found.labels, expected.labels)
 
 
 def test_fewer_different_rows_than_clusters(wk):

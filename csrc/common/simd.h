@@ -108,7 +108,8 @@ WSSS_ALWAYS_INLINE DoublePair widen(Vec<float> v) {
 }
 
 WSSS_ALWAYS_INLINE void fetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-// A prefetch into a page whose address is not in the TLB is dropped: a load from each page first.
+// A prefetch into a page whose address is not in the TLB is dropped: a load from each page first (but for the last one,
+// where p lies inside a page).
 template <class T>
 void open_pages(const T* p, int64_t count) {
   constexpr int64_t page = 4096 / sizeof(T);
