@@ -82,7 +82,7 @@ PRESETS = {
         backbone="resnet18",
         strides=(2, 1, 2, 1),  # small pictures: output stride 8
         width=24,
-        # Scores agree best where they are small, and maps shrink to what tells a class; normalised, they cannot.
+        # Scores agree best where they are small, and maps shrink to what tells a class; normalised, they do so less.
         level="cam",
         tile_loss=False,  # half an object need not hold that part
         recipe=TINY,
@@ -94,6 +94,7 @@ ABLATIONS = {
     "tiles' loss only": ["classifier.alpha=0", "classifier.tile_loss=True"],
     "both": ["classifier.tile_loss=True"],
     "scores compared": ["classifier.level=scores"],
+    "maps compared": ["classifier.level=cam"],
     "16 pieces": ["classifier.pieces=16"],
     "present classes only": ["classifier.reconstruction=selected"],
     "squares": ["classifier.p=2"],
