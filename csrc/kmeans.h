@@ -28,7 +28,7 @@ int64_t kmeans_trials(int64_t clusters);  // candidates for each further center:
 
 // Every problem is solved as if it were alone, with the same result for any number of threads. -> the first whose rows
 // are not finite or their squares not in float32 (nothing of it is written then), or -1. Workspace of a problem: a
-// centred copy of x, about 100 bytes a row and 20 a value of the centers.
+// centred copy of x and one in bytes, 100 to 300 bytes a row and 20 a value of the centers.
 int64_t kmeans_cpu(const std::vector<KMeansProblem>& problems, int64_t iterations, double tol, int threads);
 
 }  // namespace wsss
