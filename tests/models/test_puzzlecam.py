@@ -233,7 +233,8 @@ def test_it_learns_and_resumes_with_the_same_bits(colours, tmp_path):
     def make(seed):
         torch.manual_seed(seed)
         settings = ("num_classes=3", "width=4", "batch_size=6", "epochs=8", "lr=0.02", "crop=32")
-        return puzzlecam.Model(with_settings(preset("puzzlecam", "tiny"), settings))
+        published = ("level=scores", "tile_loss=True")
+        return puzzlecam.Model(with_settings(preset("puzzlecam", "tiny"), (*settings, *published)))
 
     whole, other = make(0), make(1)
     losses = train(whole, colours, tmp_path / "whole", accelerator="cpu")
@@ -244,4 +245,6 @@ def test_it_learns_and_resumes_with_the_same_bits(colours, tmp_path):
     assert lines[-1]["classification"] < 0.7 * lines[0]["classification"]
     for t, line in enumerate(lines):
         weight = min(4 * t / (0.5 * 16), 4)
-        assert line["total"] == pytest.approx(line["classification"] + weight * line["reconstruction"], rel=1e-4)
+        assert line["total"] == pytest.approx(
+            line["classification"] + line["tiles"] + weight * line["reconstruction"], rel=1e-4
+        )
