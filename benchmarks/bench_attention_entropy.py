@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import wsss_kernels as wk
-from benchmarks.bench_cross_image_attention import CAPACITY, CLASSES, VGG, memory_inputs
+from benchmarks.bench_cross_image_attention import CAPACITY, CLASSES, VGG, memory_inputs, whole_memory
 from benchmarks.measure import Case, Inputs, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
@@ -64,7 +64,7 @@ def _case(size: Size) -> Case:
         groups=("memory-attention",),
         size=size,
         channels=1,
-        inputs=lambda size: memory_inputs(size, CLASSES * CAPACITY),
+        inputs=lambda size: memory_inputs(size, CLASSES * CAPACITY, whole_memory),
         expected=_expected,
         ways=(
             Way("ours", "ours", _both_ways(_ours)),

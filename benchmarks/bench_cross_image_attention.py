@@ -20,7 +20,7 @@ VGG = Size("41x41 batch 4 d 512", 41, 41, batch=4, dim=512)  # MCIC's crops of 3
 RESNET = Size("41x41 batch 4 d 2048", 41, 41, batch=4, dim=2048)
 
 
-def _present(batch: int) -> Tensor:
+def whole_memory(batch: int) -> Tensor:
     """[B, CLASSES] bool: the background and two classes of each image."""
     present = torch.zeros(batch, CLASSES, dtype=torch.bool)
     for b in range(batch):
@@ -28,13 +28,17 @@ def _present(batch: int) -> Tensor:
     return present
 
 
-def memory_inputs(size: Size, entries: int) -> Inputs:
-    """entries: a whole memory of 21 classes, or less: all allowed."""
+def _pulled(batch: int) -> Tensor:
+    """[B, 3] bool: the background and the one class of each image, of two in the batch."""
+    return torch.tensor([[True, b % 2 == 0, b % 2 == 1] for b in range(batch)])
+
+
+def memory_inputs(size: Size, entries: int, present: Callable[[int], Tensor] | None = None) -> Inputs:
+    """present: the classes of each image, CAPACITY entries a class; without it all entries are allowed."""
     generator = torch.Generator().manual_seed(0)
     feats = sizes.features(size)
     memory = torch.randn(entries, size.dim, generator=generator) * 0.3
-    whole = entries == CLASSES * CAPACITY
-    mask = _present(size.batch).repeat_interleave(CAPACITY, 1) if whole else None
+    mask = None if present is None else present(size.batch).repeat_interleave(CAPACITY, 1)
     grad = torch.randn(size.batch, 1, size.height * size.width, size.dim, generator=generator)
     return {"query": feats.flatten(2).transpose(1, 2)[:, None].contiguous(), "memory": memory, "mask": mask,
             "grad": grad, "feats": feats}  # fmt: skip
@@ -84,13 +88,14 @@ def _expected(inputs: Inputs) -> Sequence[Tensor]:
 
 
 def _op_case(size: Size, entries: int, aims: tuple[Aim, ...] = (), *, quick: bool = False) -> Case:
+    present = whole_memory if entries == CLASSES * CAPACITY else None
     return Case(
         name=f"attention {size.name}, {entries} entries, forward and backward",
         op="cross_image_attention",
         groups=("memory-attention",),
         size=size,
         channels=1,
-        inputs=lambda size: memory_inputs(size, entries),
+        inputs=lambda size: memory_inputs(size, entries, present),
         expected=_expected,
         ways=(
             Way("ours", "ours", _both_ways(_ours)),
@@ -107,23 +112,27 @@ def _op_case(size: Size, entries: int, aims: tuple[Aim, ...] = (), *, quick: boo
 # The module -----------------------------------------------------------------------------------------------------------
 
 
-def published(module: wk.CrossImageAttention, feats: Tensor, memory: Tensor) -> Tensor:
+def _among(scores: Tensor, mask: Tensor | None) -> Tensor:
+    return scores if mask is None else scores.masked_fill(~mask[:, None], -torch.inf)
+
+
+def published(module: wk.CrossImageAttention, feats: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
     """The published module: a copy of the memory for each image, everything projected."""
     batch, dim, height, width = feats.shape
     copies = memory.expand(batch, -1, -1)
     query = module.q_proj(feats.flatten(2).transpose(1, 2)) * dim**-0.5
     scores = query @ module.k_proj(copies).transpose(1, 2)
-    out = module.out_proj(scores.softmax(-1) @ module.v_proj(copies))
+    out = module.out_proj(_among(scores, mask).softmax(-1) @ module.v_proj(copies))
     return out.transpose(1, 2).reshape(batch, dim, height, width)
 
 
-def folded(module: wk.CrossImageAttention, feats: Tensor, memory: Tensor) -> Tensor:
+def folded(module: wk.CrossImageAttention, feats: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
     """The projections moved to the memory, in plain PyTorch."""
     batch, dim, height, width = feats.shape
     keys = module.k_proj(memory)
     queries = feats.flatten(2).transpose(1, 2)
     scores = (queries @ (keys @ module.q_proj.weight).t() + keys @ module.q_proj.bias) * dim**-0.5
-    out = scores.softmax(-1) @ (module.v_proj(memory) @ module.out_proj.weight.t()) + module.out_proj.bias
+    out = _among(scores, mask).softmax(-1) @ (module.v_proj(memory) @ module.out_proj.weight.t()) + module.out_proj.bias
     return out.transpose(1, 2).reshape(batch, dim, height, width)
 
 
@@ -138,7 +147,7 @@ def _module_way(attend: Callable[..., Tensor], dtype: torch.dtype = torch.float3
         wanted = [p for name, p in module.named_parameters() if name != "k_proj.bias"]
 
         def run() -> Sequence[Tensor]:
-            out = attend(module, feats, memory)
+            out = attend(module, feats, memory, inputs["mask"])
             return [out.detach(), *torch.autograd.grad(out, [feats, *wanted], grad)]
 
         return run
@@ -146,18 +155,21 @@ def _module_way(attend: Callable[..., Tensor], dtype: torch.dtype = torch.float3
     return prepare
 
 
-def _call(module: wk.CrossImageAttention, feats: Tensor, memory: Tensor) -> Tensor:
-    return module(feats, memory)
+def _call(module: wk.CrossImageAttention, feats: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+    return module(feats, memory, mask)
 
 
-def _module_case(size: Size, entries: int, least: float, *, only_full: bool = False) -> Case:
+def _module_case(
+    size: Size, entries: int, least: float, present: Callable[[int], Tensor] | None = None, *, only_full: bool = False
+) -> Case:
+    allowed = "" if present is None else ", each image's classes"
     return Case(
-        name=f"module {size.name}, {entries} entries, forward and backward",
+        name=f"module {size.name}, {entries} entries{allowed}, forward and backward",
         op="cross_image_attention",
         groups=("memory-attention",),
         size=size,
         channels=1,
-        inputs=lambda size: memory_inputs(size, entries),
+        inputs=lambda size: memory_inputs(size, entries, present),
         expected=lambda inputs: _module_way(published, torch.float64)(inputs)(),
         ways=(
             Way("ours", "ours", _module_way(_call), tolerance=3e-5),
@@ -175,6 +187,7 @@ CASES: list[Case] = [
     ),
     _op_case(VGG, 192, quick=True),
     _module_case(VGG, 192, 5),
+    _module_case(VGG, 192, 5, _pulled),  # as MCIC trains
     _module_case(RESNET, 192, 7, only_full=True),
 ]
 GPU_CASES: list[Case] = [on_gpu(_op_case(VGG, CLASSES * CAPACITY)), on_gpu(_module_case(VGG, 192, 5))]
