@@ -1,7 +1,6 @@
 #include "hspp.h"
 
 #include <algorithm>
-#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -34,35 +33,6 @@ bool made_of(const PyramidLevel& coarse, const PyramidLevel& fine) {
   return coarse.window_rows % fine.window_rows == 0 && coarse.window_columns % fine.window_columns == 0;
 }
 
-// The maxima of a level from those of one it is made of; of places that tie the first of the plane, as in a scan of it.
-// No branches: no processor foresees which of a few maxima is the largest.
-void merge(const PyramidLevel& fine, const float* values, const int32_t* places, const PyramidLevel& coarse,
-           float* merged, int32_t* merged_places) {
-  constexpr int32_t kNowhere = std::numeric_limits<int32_t>::max();
-  const int down = coarse.window_rows / fine.window_rows, across = coarse.window_columns / fine.window_columns;
-  for (int w = 0; w < coarse.windows(); ++w) {
-    const int first = w / coarse.columns * down * fine.columns + w % coarse.columns * across;
-    float largest = values[first];
-    for (int y = 0; y < down; ++y) {
-      for (int x = 0; x < across; ++x) {
-        const float value = values[first + y * fine.columns + x];
-        largest = value > largest ? value : largest;
-      }
-    }
-    merged[w] = largest;
-    if (!places) continue;
-    int32_t place = kNowhere;
-    for (int y = 0; y < down; ++y) {
-      for (int x = 0; x < across; ++x) {
-        const int i = first + y * fine.columns + x;
-        const int32_t elsewhere = int32_t(values[i] >= largest) - 1;  // all bits or none
-        place = std::min(place, (places[i] | elsewhere) & kNowhere);
-      }
-    }
-    merged_places[w] = place == kNowhere ? places[first] : place;  // NaN
-  }
-}
-
 int thread_count(int threads, const PyramidShape& shape) {
   return worthwhile_threads(usable_threads(threads), double(shape.planes) * double(shape.height * shape.width),
                             kValuesPerThread);
@@ -82,36 +52,49 @@ void hspp_cpu(const float* feats, float* out, int32_t* places, PyramidShape shap
   const std::vector<PyramidLevel> windows = windows_of(shape.height, shape.width, levels);
   const int64_t pixels = shape.height * shape.width, count = pyramid_windows(shape.height, shape.width, levels);
   const double parts = levels.gamma + levels.count;
-  threads = thread_count(threads, shape);
   const auto finest = std::max_element(windows.begin(), windows.end(),
                                        [](const auto& a, const auto& b) { return a.windows() < b.windows(); });
   const int64_t before = std::accumulate(windows.begin(), finest, int64_t(0),
                                          [](int64_t sum, const auto& level) { return sum + level.windows(); });
-  const size_t row = shape.width + kPyramidPadding;
-  const Buffer<float> buffer((row + count) * threads);
-  const Buffer<int32_t> rows(row * threads);
-  std::fill_n(buffer.get(), (row + count) * threads, 0.0f);
-  std::fill_n(rows.get(), row * threads, 0);
+  const int64_t bands = std::max_element(windows.begin(), windows.end(), [](const auto& a, const auto& b) {
+                          return a.rows < b.rows;
+                        })->rows;
+  const int64_t maxima = count * kPyramidPlanes, each = maxima + bands * shape.width + kPyramidPadding;
+  threads = thread_count(threads, shape);
+  const Buffer<float> values(each * threads);
+  const Buffer<int32_t> their_places(each * threads);
+  std::fill_n(values.get(), each * threads, 0.0f);
+  std::fill_n(their_places.get(), each * threads, 0);
   parallel(threads, [&](const Team& team) {
-    float* const values = buffer.get() + (row + count) * team.thread;
-    const PyramidScratch own = {values + count, rows.get() + row * team.thread};
-    for (int64_t i = team.begin(shape.planes); i < team.end(shape.planes); ++i) {
-      const float* const plane = feats + i * pixels;
-      int32_t* const placed = places ? places + i * count : nullptr;
-      int32_t* const finest_placed = placed ? placed + before : nullptr;
-      kernels().maxima(plane, int(shape.width), *finest, own, values + before, finest_placed);
-      double total = levels.gamma * kernels().sum(plane, int(shape.height), int(shape.width)) / double(pixels);
-      int64_t first = 0;
-      for (auto level = windows.begin(); level != windows.end(); first += level++->windows()) {
-        int32_t* const level_placed = placed ? placed + first : nullptr;
-        if (level != finest && made_of(*level, *finest)) {
-          merge(*finest, values + before, finest_placed, *level, values + first, level_placed);
-        } else if (level != finest) {
-          kernels().maxima(plane, int(shape.width), *level, own, values + first, level_placed);
-        }
-        total += std::accumulate(values + first, values + first + level->windows(), 0.0) / level->windows();
+    const PyramidMaxima own = {values.get() + each * team.thread,
+                               places ? their_places.get() + each * team.thread : nullptr};
+    const PyramidMaxima scratch = own + maxima, finest_own = own + before * kPyramidPlanes;
+    const int64_t end = team.end(shape.planes);
+    for (int64_t first = team.begin(shape.planes); first < end; first += kPyramidPlanes) {
+      const int planes = int(std::min<int64_t>(kPyramidPlanes, end - first));
+      double totals[kPyramidPlanes] = {};
+      for (int p = 0; p < planes; ++p) {
+        const float* const plane = feats + (first + p) * pixels;
+        totals[p] = levels.gamma * kernels().sum(plane, int(shape.height), int(shape.width)) / double(pixels);
+        kernels().find(plane, int(shape.width), *finest, scratch, finest_own + p);
       }
-      out[i] = float(total / parts);
+      PyramidMaxima found = own;
+      for (auto level = windows.begin(); level != windows.end(); ++level) {
+        if (level != finest && made_of(*level, *finest)) {
+          kernels().merge(*finest, finest_own, *level, found);
+        } else if (level != finest) {
+          for (int p = 0; p < planes; ++p) {
+            kernels().find(feats + (first + p) * pixels, int(shape.width), *level, scratch, found + p);
+          }
+        }
+        kernels().add_means(found.values, level->windows(), totals);
+        found = found + level->windows() * kPyramidPlanes;
+      }
+      for (int p = 0; p < planes; ++p) {
+        out[first + p] = float(totals[p] / parts);
+        if (!places) continue;
+        for (int64_t w = 0; w < count; ++w) places[(first + p) * count + w] = own.places[w * kPyramidPlanes + p];
+      }
     }
   });
 }

@@ -6,12 +6,13 @@ namespace WSSS_ISA {
 
 constexpr int n = kLanes<float>;
 using V = Vec<float>;
-static_assert(n <= kPyramidPadding, "a window is read in whole vectors");
+static_assert(n <= kPyramidPadding, "rows are read and written in whole vectors");
+static_assert(kPyramidPlanes % n == 0, "planes side by side are whole vectors");
 
 constexpr int kRowsInFloat = 16;  // then the sums move on to double
 
 double sum_plane(const float* plane, int height, int width) {
-  double total = 0;
+  DoublePair total = {};
   for (int y = 0; y < height; y += kRowsInFloat) {
     const int end = y + kRowsInFloat < height ? y + kRowsInFloat : height;
     const float* const last = plane + int64_t(end) * width;
@@ -19,95 +20,125 @@ double sum_plane(const float* plane, int height, int width) {
     const float* p = plane + int64_t(y) * width;
     for (; last - p >= 2 * n; p += 2 * n) sums[0] += load(p), sums[1] += load(p + n);
     for (; p < last; p += n) sums[0] += load_some(p, last - p < n ? int(last - p) : n);
-    float lanes[n];
-    store(lanes, sums[0] + sums[1]);
-    for (int i = 0; i < n; ++i) total += lanes[i];
+    const DoublePair wide = widen(sums[0] + sums[1]);
+    total.low += wide.low, total.high += wide.high;
   }
-  return total;
+  return sum_of_lanes<double>(total.low + total.high);
 }
 
-WSSS_ALWAYS_INLINE V larger(V a, V b) { return a > b ? a : b; }
-
-template <int D, int... I>
-WSSS_ALWAYS_INLINE V larger_across(V v, Indices<I...>) {
-  return larger(v, __builtin_shufflevector(v, v, (I ^ D)...));
-}
-template <int D = n / 2>
-WSSS_ALWAYS_INLINE float largest(V v) {
-  if constexpr (D == 0) {
-    return v[0];
-  } else {
-    return largest<D / 2>(larger_across<D>(v, typename MakeIndices<n>::type{}));
-  }
-}
-
-WSSS_ALWAYS_INLINE VecInt smaller(VecInt a, VecInt b) { return a < b ? a : b; }
-
-template <int D, int... I>
-WSSS_ALWAYS_INLINE VecInt smaller_across(VecInt v, Indices<I...>) {
-  return smaller(v, __builtin_shufflevector(v, v, (I ^ D)...));
-}
-template <int D = n / 2>
-WSSS_ALWAYS_INLINE int smallest(VecInt v) {
-  if constexpr (D == 0) {
-    return v[0];
-  } else {
-    return smallest<D / 2>(smaller_across<D>(v, typename MakeIndices<n>::type{}));
-  }
-}
-
-// Column by column first, with the place in the plane that the largest comes from, then across the columns of each
-// window.
 template <bool kPlaces>
-void find_maxima(const float* plane, int width, const PyramidLevel& level, PyramidScratch scratch, float* values,
-                 int32_t* places) {
-  constexpr int kNowhere = 0x7fffffff;
+struct Peaks {
+  V values;
+  VecInt places;
+
+  static Peaks at(PyramidMaxima maxima, int64_t i) {
+    Peaks peaks = {load(maxima.values + i), {}};
+    if constexpr (kPlaces) std::memcpy(&peaks.places, maxima.places + i, sizeof places);
+    return peaks;
+  }
+  void put(PyramidMaxima maxima, int64_t i) const {
+    store(maxima.values + i, values);
+    if constexpr (kPlaces) std::memcpy(maxima.places + i, &places, sizeof places);
+  }
+};
+
+// The larger of each two; of equal ones the one that comes first in the plane.
+template <bool kPlaces>
+WSSS_ALWAYS_INLINE Peaks<kPlaces> larger(const Peaks<kPlaces>& a, const Peaks<kPlaces>& b) {
+  const VecInt second = (b.values > a.values) | ((b.values == a.values) & (b.places < a.places));
+  return {b.values > a.values ? b.values : a.values, second ? b.places : a.places};
+}
+
+// Of columns side by side, `count` of them in the plane.
+template <bool kPlaces, bool kWhole>
+WSSS_ALWAYS_INLINE Peaks<kPlaces> down_columns(const float* p, int count, int rows, int width, VecInt place) {
+  Peaks<kPlaces> peaks = {splat(-__builtin_inff()), place};
+  for (int y = 0; y < rows; ++y, p += width, place += width) {
+    const V value = kWhole ? load(p) : load_some(p, count);
+    if constexpr (kPlaces) peaks.places = value > peaks.values ? place : peaks.places;
+    peaks.values = value > peaks.values ? value : peaks.values;
+  }
+  return peaks;
+}
+
+// Column by column first, with the place in the plane that the largest comes from. Then across: after each step a value
+// stands for twice as many columns, its own and those to the right of it, all bands in one row. What reaches into the
+// next band or behind the last is never looked at.
+template <bool kPlaces>
+void find_maxima(const float* plane, int width, const PyramidLevel& level, PyramidMaxima scratch,
+                 PyramidMaxima maxima) {
+  const int rows = level.window_rows, length = level.rows * width;
   VecInt lane;
   for (int i = 0; i < n; ++i) lane[i] = i;
-  const V lowest = splat(-__builtin_inff());
   for (int band = 0; band < level.rows; ++band) {
-    const float* const rows = plane + int64_t(band) * level.window_rows * width;
+    const bool last = band == level.rows - 1;
     for (int x = 0; x < width; x += n) {
-      const int count = width - x < n ? width - x : n;
-      V peak = load_some(rows + x, count);
-      VecInt from = lane + (band * level.window_rows * width + x);
-      for (int y = 1; y < level.window_rows; ++y) {
-        const V value = load_some(rows + int64_t(y) * width + x, count);
-        if constexpr (kPlaces) from = value > peak ? lane + ((band * level.window_rows + y) * width + x) : from;
-        peak = larger(value, peak);
-      }
-      store(scratch.peaks + x, peak);
-      if constexpr (kPlaces) std::memcpy(scratch.places + x, &from, sizeof from);
+      const int place = band * rows * width + x;
+      const bool whole = !last || x + n <= width;  // else the next plane would be read, or nothing
+      const Peaks<kPlaces> peaks =
+          whole ? down_columns<kPlaces, true>(plane + place, n, rows, width, lane + place)
+                : down_columns<kPlaces, false>(plane + place, width - x, rows, width, lane + place);
+      peaks.put(scratch, int64_t(band) * width + x);
     }
-    for (int column = 0; column < level.columns; ++column) {
-      const int first = column * level.window_columns;
-      V peak = lowest;
-      for (int x = 0; x < level.window_columns; x += n) {
-        peak = larger(lane < level.window_columns - x ? load(scratch.peaks + first + x) : lowest, peak);
-      }
-      const float value = *values++ = largest(peak);
-      if constexpr (kPlaces) {
-        VecInt place = kNowhere - VecInt{};
-        for (int x = 0; x < level.window_columns; x += n) {
-          VecInt from;
-          std::memcpy(&from, scratch.places + first + x, sizeof from);
-          const VecInt here = (load(scratch.peaks + first + x) == value) & (lane < level.window_columns - x);
-          place = smaller(here ? from : kNowhere - VecInt{}, place);
-        }
-        const int found = smallest(place);
-        *places++ = found == kNowhere ? band * level.window_rows * width + first : found;  // a window of NaN
-      }
+  }
+  for (int covered = 1, step; covered < level.window_columns; covered += step) {
+    step = covered < level.window_columns - covered ? covered : level.window_columns - covered;
+    for (int x = 0; x < length - step; x += n) {
+      larger(Peaks<kPlaces>::at(scratch, x), Peaks<kPlaces>::at(scratch, x + step)).put(scratch, x);
+    }
+  }
+  int64_t window = 0;
+  for (int band = 0; band < level.rows; ++band) {
+    for (int column = 0; column < level.columns; ++column, window += kPyramidPlanes) {
+      const int first = band * width + column * level.window_columns;
+      maxima.values[window] = scratch.values[first];
+      if constexpr (kPlaces) maxima.places[window] = scratch.places[first];
     }
   }
 }
 
-void maxima(const float* plane, int width, const PyramidLevel& level, PyramidScratch scratch, float* values,
-            int32_t* places) {
-  (places ? find_maxima<true> : find_maxima<false>)(plane, width, level, scratch, values, places);
+template <bool kPlaces>
+void merge_maxima(const PyramidLevel& fine, PyramidMaxima found, const PyramidLevel& coarse, PyramidMaxima merged) {
+  const int down = coarse.window_rows / fine.window_rows, across = coarse.window_columns / fine.window_columns;
+  for (int w = 0; w < coarse.windows(); ++w) {
+    const int first = w / coarse.columns * down * fine.columns + w % coarse.columns * across;
+    for (int p = 0; p < kPyramidPlanes; p += n) {
+      Peaks<kPlaces> peaks = Peaks<kPlaces>::at(found, first * kPyramidPlanes + p);
+      for (int y = 0; y < down; ++y) {
+        for (int x = 0; x < across; ++x) {
+          const int window = first + y * fine.columns + x;
+          peaks = larger(peaks, Peaks<kPlaces>::at(found, window * kPyramidPlanes + p));
+        }
+      }
+      peaks.put(merged, w * kPyramidPlanes + p);
+    }
+  }
+}
+
+void find(const float* plane, int width, const PyramidLevel& level, PyramidMaxima scratch, PyramidMaxima maxima) {
+  (maxima.places ? find_maxima<true> : find_maxima<false>)(plane, width, level, scratch, maxima);
+}
+
+void merge(const PyramidLevel& fine, PyramidMaxima found, const PyramidLevel& coarse, PyramidMaxima merged) {
+  (found.places ? merge_maxima<true> : merge_maxima<false>)(fine, found, coarse, merged);
+}
+
+void add_means(const float* values, int windows, double* totals) {
+  for (int p = 0; p < kPyramidPlanes; p += n) {
+    DoublePair sums = {};
+    for (int w = 0; w < windows; ++w) {
+      const DoublePair wide = widen(load(values + int64_t(w) * kPyramidPlanes + p));
+      sums.low += wide.low, sums.high += wide.high;
+    }
+    double* const low = totals + p;
+    double* const high = low + n / 2;
+    store(low, load(low) + sums.low / double(windows));
+    store(high, load(high) + sums.high / double(windows));
+  }
 }
 
 extern const PyramidKernels pyramid_kernels;
-const PyramidKernels pyramid_kernels = {sum_plane, maxima};
+const PyramidKernels pyramid_kernels = {sum_plane, find, merge, add_means};
 
 }  // namespace WSSS_ISA
 }  // namespace wsss
