@@ -32,13 +32,13 @@ struct Peaks {
   VecInt places;
 
   static Peaks at(PyramidMaxima maxima, int64_t i) {
-    Peaks peaks = {load(maxima.values + i), {}};
-    if constexpr (kPlaces) std::memcpy(&peaks.places, maxima.places + i, sizeof places);
+    Peaks peaks = {in_register<float>(load(maxima.values + i)), {}};
+    if constexpr (kPlaces) peaks.places = in_register<int32_t>(load(maxima.places + i));
     return peaks;
   }
   void put(PyramidMaxima maxima, int64_t i) const {
     store(maxima.values + i, values);
-    if constexpr (kPlaces) std::memcpy(maxima.places + i, &places, sizeof places);
+    if constexpr (kPlaces) store(maxima.places + i, places);
   }
 };
 
