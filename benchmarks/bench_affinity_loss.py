@@ -11,6 +11,7 @@ from torch import Tensor
 import wsss_kernels as wk
 from benchmarks import baselines, sizes
 from benchmarks.bench_local_affinity import _expected_gradient, _loss_and_gradient
+from benchmarks.device import Work
 from benchmarks.measure import Aim, Case, Inputs, Result, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
@@ -67,6 +68,7 @@ def _from_affinity(size: Size, aims: tuple[Aim, ...] = (), *, quick: bool = Fals
         ),
         aims=aims,
         quick=quick,
+        by_image=False,
     )
 
 
@@ -93,7 +95,13 @@ def _from_features(size: Size, aims: tuple[Aim, ...] = (), *, quick: bool = Fals
         ),
         aims=aims,
         quick=quick,
+        by_image=False,
     )
+
+
+def _work(size: Size, planes: int, flop: int) -> Work:
+    """Labels and planes read, the gradient of the planes written."""
+    return Work(flop=flop * planes * sizes.pixels(size), bytes=(8 * planes + 8) * sizes.pixels(size))
 
 
 CASES: list[Case] = [
@@ -101,7 +109,15 @@ CASES: list[Case] = [
     _from_features(sizes.CROP_2, (Aim("gather, published", "ratio", least=50),), quick=True),
     _from_features(sizes.CROP, (Aim("ours", "peak_mb", most=100),)),
 ]
-GPU_CASES: list[Case] = [on_gpu(_from_affinity(sizes.CROP)), on_gpu(_from_features(sizes.CROP))]
+ONE = Size("crop 56x56 batch 1", 56, 56)
+GPU_CASES: list[Case] = [
+    case
+    for size, without in ((sizes.CROP, ()), (ONE, ("torch.compile",)))
+    for case in (
+        on_gpu(_from_affinity(size), _work(size, 34, 10), without=without),
+        on_gpu(_from_features(size), _work(size, size.dim, 9 * 34), without=without),
+    )
+]
 
 
 def test_affinity_loss(benchmark: Any, case: Case, way: Way) -> None:

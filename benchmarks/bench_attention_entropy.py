@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 import wsss_kernels as wk
-from benchmarks.bench_cross_image_attention import CAPACITY, CLASSES, VGG, memory_inputs, whole_memory
+from benchmarks.bench_cross_image_attention import (
+    CAPACITY,
+    CLASSES,
+    VGG,
+    attention_work,
+    crops,
+    memory_inputs,
+    whole_memory,
+)
 from benchmarks.measure import Case, Inputs, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
@@ -72,11 +80,18 @@ def _case(size: Size) -> Case:
             Way("torch, compacted", "library", _both_ways(compacted), tolerance=1e-4),
             Way("torch.compile, masked", "library", _both_ways(torch.compile(masked)), tolerance=1e-4),
         ),
+        by_image=False,
     )
 
 
 CASES: list[Case] = [_case(VGG)]
-GPU_CASES: list[Case] = [on_gpu(_case(VGG))]
+GPU_CASES: list[Case] = [
+    on_gpu(_case(VGG), attention_work(VGG, 192, 3, 2)),
+    *(
+        on_gpu(_case(size), attention_work(size, 192, 3, 2), without=("torch.compile, masked",))
+        for size in (crops(1, 512), crops(32, 512))
+    ),
+]
 
 
 def test_attention_entropy(benchmark: Any, case: Case, way: Way) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
+from benchmarks.device import Work
 from benchmarks.measure import Aim, Case, Inputs, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
@@ -26,12 +27,14 @@ def _inputs(size: Size, channels: int) -> Inputs:
     return {"maps": sizes.maps(size, channels), "attention": attention}
 
 
-def _boxes(plane: np.ndarray) -> np.ndarray:
-    regions, _ = scipy.ndimage.label(plane > np.float32(THRESHOLD) * plane.max(), structure=np.ones((3, 3)))
-    mask = np.zeros(plane.shape, dtype=bool)
+def _boxes(plane: Tensor) -> Tensor:
+    """Found on the CPU, as published."""
+    values = plane.cpu().numpy()
+    regions, _ = scipy.ndimage.label(values > np.float32(THRESHOLD) * values.max(), structure=np.ones((3, 3)))
+    mask = np.zeros(values.shape, dtype=bool)
     for box in scipy.ndimage.find_objects(regions):
         mask[box] = True
-    return mask
+    return torch.from_numpy(mask).to(plane.device)
 
 
 def _transition(attention: Tensor) -> Tensor:
@@ -48,7 +51,7 @@ def _published(inputs: Inputs) -> Tensor:
     for maps, attention in zip(inputs["maps"], inputs["attention"], strict=True):
         refined = []
         for plane in maps:
-            mask = torch.from_numpy(_boxes(plane.numpy())).view(1, -1)
+            mask = _boxes(plane).view(1, -1)
             t = _transition(attention)
             t = (t @ t) * mask
             refined.append((t @ plane.reshape(-1, 1)).view_as(plane))
@@ -61,7 +64,7 @@ def _library(inputs: Inputs) -> Tensor:
     images = []
     for maps, attention in zip(inputs["maps"], inputs["attention"], strict=True):
         t = _transition(attention)
-        x = torch.stack([plane * torch.from_numpy(_boxes(plane.numpy())) for plane in maps]).flatten(1).T
+        x = torch.stack([plane * _boxes(plane) for plane in maps]).flatten(1).T
         images.append((t @ (t @ x)).T.reshape(maps.shape))
     return torch.stack(images)
 
@@ -108,13 +111,22 @@ def _call() -> Case:
     )
 
 
+def _work(size: Size, channels: int) -> Work:
+    """The attention once, two products."""
+    entries = size.batch * (size.height * size.width) ** 2
+    return Work(flop=0, bytes=4 * entries, products=4 * channels * entries)
+
+
 CASES: list[Case] = [
     _walk(sizes.SMALL, 2, (Aim("squared, published", "ratio", least=20),), quick=True),
     _walk(sizes.SMALL, 20),
     _walk(sizes.TOKENS, 3, (Aim("squared, published", "ratio", least=30),)),
     _call(),
 ]
-GPU_CASES: list[Case] = [on_gpu(_walk(sizes.SMALL, 20)), on_gpu(_walk(sizes.TOKENS, 3))]
+GPU_CASES: list[Case] = [
+    on_gpu(_walk(size, channels), _work(size, channels))
+    for size, channels in ((sizes.SMALL, 20), (sizes.TOKENS, 3), (sizes.batched(sizes.TOKENS, 16), 3))
+]
 
 
 def test_attention_walk(benchmark: Any, case: Case, way: Way) -> None:

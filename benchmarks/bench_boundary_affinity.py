@@ -10,6 +10,7 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import baselines, sizes
+from benchmarks.device import Work
 from benchmarks.measure import Aim, Case, Inputs, Result, Way, on_gpu, relative_error, with_pytest
 from benchmarks.sizes import Size
 
@@ -161,13 +162,23 @@ def _propagation(size: Size, aims: tuple[Aim, ...] = (), *, quick: bool = False)
 
 BATCH_8 = sizes.batched(sizes.SQUARE, 8)
 
+
+def _work(size: Size, radius: int, directions: int = 1) -> Work:
+    """A plane of affinities written, or its gradient read; a plane of boundaries read, or its gradient written."""
+    planes, pixels = len(wk.neighbour_offsets(radius)), directions * sizes.pixels(size)
+    return Work(flop=planes * pixels, bytes=4 * (planes + 1) * pixels)
+
+
 CASES: list[Case] = [
     _forward(sizes.IRN, quick=True),
     _training(sizes.batched(sizes.SQUARE, 2), 10, quick=True),
     _training(BATCH_8, 10, (Aim("gather, published", "ratio", least=50),)),
     _propagation(sizes.IRN, (Aim("ours", "median_ms", most=7), Aim("ours", "peak_mb", most=20)), quick=True),
 ]
-GPU_CASES: list[Case] = [on_gpu(_forward(sizes.IRN)), on_gpu(_training(BATCH_8, 10))]
+GPU_CASES: list[Case] = [
+    *(on_gpu(_forward(size), _work(size, 5)) for size in (sizes.IRN, sizes.batched(sizes.IRN, 16))),
+    *(on_gpu(_training(size, 10), _work(size, 10, 2)) for size in (sizes.batched(sizes.SQUARE, 1), BATCH_8)),
+]
 
 
 def test_boundary_affinity(benchmark: Any, case: Case, way: Way) -> None:

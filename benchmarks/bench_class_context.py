@@ -9,11 +9,12 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
+from benchmarks.bench_cross_image_attention import VGG, crops
+from benchmarks.device import Work
 from benchmarks.measure import Case, Inputs, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
 CLASSES = 21
-MCIC = Size("41x41 batch 4 d 512", 41, 41, batch=4, dim=512)  # crops of 321 at stride 8
 
 
 def _inputs(size: Size) -> Inputs:
@@ -29,12 +30,12 @@ def einsum(feats: Tensor, confidence: Tensor) -> list[Tensor]:
     return [torch.einsum("bchw,bdhw->bcd", weights, feats) / (sums[..., None] + 1e-5), sums]
 
 
-CASES: list[Case] = [
-    Case(
-        name=f"class context {MCIC.name}, {CLASSES} classes",
+def _case(size: Size) -> Case:
+    return Case(
+        name=f"class context {size.name}, {CLASSES} classes",
         op="class_context",
         groups=("memory-attention",),
-        size=MCIC,
+        size=size,
         channels=CLASSES,
         inputs=_inputs,
         expected=lambda i: wk.reference.class_context(i["feats"].double(), i["confidence"], threshold=0.5),
@@ -43,8 +44,15 @@ CASES: list[Case] = [
             Way("torch einsum", "library", lambda i: lambda: einsum(i["feats"], i["confidence"])),
         ),
     )
-]
-GPU_CASES: list[Case] = [on_gpu(CASES[0])]
+
+
+def _work(size: Size) -> Work:
+    """Each feature once, into the sum of one class."""
+    return Work(flop=2 * size.dim * sizes.pixels(size), bytes=4 * (size.dim + CLASSES) * sizes.pixels(size))
+
+
+CASES: list[Case] = [_case(VGG)]
+GPU_CASES: list[Case] = [on_gpu(_case(size), _work(size)) for size in (VGG, crops(1, 512), crops(64, 512))]
 
 
 def test_class_context(benchmark: Any, case: Case, way: Way) -> None:

@@ -11,13 +11,20 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
+from benchmarks.device import Work
 from benchmarks.measure import Aim, Case, Inputs, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
 CAPACITY = 64
 CLASSES = 21
-VGG = Size("41x41 batch 4 d 512", 41, 41, batch=4, dim=512)  # MCIC's crops of 321 at stride 8
-RESNET = Size("41x41 batch 4 d 2048", 41, 41, batch=4, dim=2048)
+
+
+def crops(batch: int, dim: int) -> Size:
+    """MCIC's crops of 321 at stride 8."""
+    return Size(f"41x41 batch {batch} d {dim}", 41, 41, batch=batch, dim=dim)
+
+
+VGG, RESNET = crops(4, 512), crops(4, 2048)
 
 
 def whole_memory(batch: int) -> Tensor:
@@ -106,6 +113,7 @@ def _op_case(size: Size, entries: int, aims: tuple[Aim, ...] = (), *, quick: boo
         ),
         aims=aims,
         quick=quick,
+        by_image=False,
     )
 
 
@@ -139,7 +147,7 @@ def folded(module: wk.CrossImageAttention, feats: Tensor, memory: Tensor, mask: 
 def _module_way(attend: Callable[..., Tensor], dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
     def prepare(inputs: Inputs) -> Callable[[], Sequence[Tensor]]:
         torch.manual_seed(0)
-        module = wk.CrossImageAttention(inputs["feats"].shape[1]).to(dtype)
+        module = wk.CrossImageAttention(inputs["feats"].shape[1]).to(inputs["feats"].device, dtype)
         feats = inputs["feats"].to(dtype).requires_grad_()
         memory = inputs["memory"].to(dtype)
         grad = inputs["grad"][:, 0].transpose(1, 2).reshape(feats.shape).to(dtype)
@@ -178,7 +186,14 @@ def _module_case(
         ),
         aims=(Aim("module, published", "ratio", least=least), Aim("torch, folded", "ratio", least=1.0)),
         only_full=only_full,
+        by_image=False,
     )
+
+
+def attention_work(size: Size, entries: int, products: int, vectors: int) -> Work:
+    """Of products between each query and the entries of its image; of vectors a query read and written."""
+    values = sizes.pixels(size) * size.dim
+    return Work(flop=0, bytes=4 * vectors * values, products=2 * products * entries * values)
 
 
 CASES: list[Case] = [
@@ -190,7 +205,18 @@ CASES: list[Case] = [
     _module_case(VGG, 192, 5, _pulled),  # as MCIC trains
     _module_case(RESNET, 192, 7, only_full=True),
 ]
-GPU_CASES: list[Case] = [on_gpu(_op_case(VGG, CLASSES * CAPACITY)), on_gpu(_module_case(VGG, 192, 5))]
+GPU_CASES: list[Case] = [
+    on_gpu(_op_case(VGG, CLASSES * CAPACITY), attention_work(VGG, 192, 6, 4)),
+    *(
+        on_gpu(
+            _op_case(crops(batch, 512), CLASSES * CAPACITY),
+            attention_work(crops(batch, 512), 192, 6, 4),
+            without=("torch.compile",),
+        )
+        for batch in (1, 32)
+    ),
+    *(on_gpu(_module_case(size, 192, 0), attention_work(size, 192, 6, 4)) for size in (VGG, RESNET)),
+]
 
 
 def test_cross_image_attention(benchmark: Any, case: Case, way: Way) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
+from benchmarks.device import Work
 from benchmarks.measure import Aim, Case, Inputs, Result, Way, with_pytest
 from benchmarks.sizes import Size
 
@@ -89,11 +90,17 @@ def _gpu_crf(size: Size, labels: int) -> Case:
 
     case = _crf(size, labels, 0, quick=size.batch == 1)
     ways = (
-        case.ways[0],
+        replace(case.ways[0], work=crf_work(size, labels, 10)),
         Way("PyTorch", "library", in_pytorch, tolerance=1e-3, compare=_wrong_labels),
         Way("ours, on the CPU", "library", on_the_cpu, tolerance=1e-3, compare=_wrong_labels),
     )
     return replace(case, ways=ways, aims=())
+
+
+def crf_work(size: Size, labels: int, iterations: int) -> Work:
+    """Scores read and written once; about 75 operations a value and iteration."""
+    values = labels * sizes.pixels(size)
+    return Work(flop=75 * iterations * values, bytes=8 * values)
 
 
 CASES: list[Case] = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import wsss_kernels as wk
-from benchmarks.bench_dense_crf import pictures, probabilities
+from benchmarks.bench_dense_crf import crf_work, pictures, probabilities
 from benchmarks.measure import Aim, Case, Inputs, Way, with_pytest
 from benchmarks.sizes import Size
 
@@ -62,11 +62,12 @@ def _gpu_energy(size: Size, labels: int) -> Case:
         Way(name, "library", lambda i, loss=loss: lambda: _loss_and_gradient(i, loss, torch.float32), tolerance=1e-4)
         for name, loss in others.items()
     ]
-    return replace(case, ways=(case.ways[0], *ways), aims=())
+    ours = replace(case.ways[0], work=crf_work(size, labels, 1))
+    return replace(case, ways=(ours, *ways), aims=(), by_image=False)
 
 
 CASES: list[Case] = [_energy(CROP, 21, quick=True)]
-GPU_CASES: list[Case] = [_gpu_energy(CROP, 21)]
+GPU_CASES: list[Case] = [_gpu_energy(CROP, 21), _gpu_energy(replace(CROP, name="crop 160x160 batch 1", batch=1), 21)]
 
 
 def test_dense_energy_loss(benchmark: Any, case: Case, way: Way) -> None:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import wsss_kernels as wk
-from benchmarks.measure import Aim, Case, Inputs, Result, Way, with_pytest
+from benchmarks import sizes
+from benchmarks.device import Work
+from benchmarks.measure import Aim, Case, Inputs, Result, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
 TRAIN = Size("vwe 28x28 batch 16", 28, 28, batch=16, dim=2048)  # 448x448 crops at stride 16
@@ -53,13 +55,22 @@ def _case(size: Size, backward: bool, aims: tuple[Aim, ...] = (), *, quick: bool
     )
 
 
+def _work(size: Size, backward: bool) -> Work:
+    """Features read, their gradient written."""
+    values = size.dim * sizes.pixels(size)
+    return Work(flop=(5 if backward else 4) * values, bytes=(8 if backward else 4) * values)
+
+
 CASES: list[Case] = [
     _case(TRAIN, False, (Aim("ours", "median_ms", most=2.5),)),
     _case(TRAIN, True, (Aim("ours", "median_ms", most=5),)),
     _case(CROP, False, quick=True),
     _case(CROP, True, quick=True),
 ]
-GPU_CASES: list[Case] = [_case(TRAIN, False, quick=True), _case(TRAIN, True)]
+ONE = Size("vwe 28x28 batch 1", 28, 28, dim=2048)
+GPU_CASES: list[Case] = [
+    on_gpu(_case(size, backward), _work(size, backward)) for size in (TRAIN, ONE) for backward in (False, True)
+]
 
 
 def test_hspp(benchmark: Any, case: Case, way: Way) -> None:

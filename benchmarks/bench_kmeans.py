@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import wsss_kernels as wk
+from benchmarks.device import Work
 from benchmarks.measure import Aim, Case, Inputs, Result, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
@@ -137,12 +138,21 @@ def _seeded(size: Size, inputs: Callable[[Size], Inputs], least: float) -> Case:
     )
 
 
+def _work(rows: int) -> Work:
+    """The rows once: how many iterations there are depends on them."""
+    values = rows * CLASSES.dim
+    return Work(flop=0, bytes=4 * values, products=2 * CLUSTERS * values)
+
+
 CASES: list[Case] = [
     _given(ONE, _one, 8, quick=True),
     _given(CLASSES, _classes, 8),
     _seeded(CLASSES, _classes, 8),
 ]
-GPU_CASES: list[Case] = [on_gpu(_given(CLASSES, _classes, 8), without=("scikit-learn",))]
+GPU_CASES: list[Case] = [
+    on_gpu(_given(ONE, _one, 8), _work(ONE.height), without=("scikit-learn",)),
+    on_gpu(_given(CLASSES, _classes, 8), _work(sum(SHARES)), without=("scikit-learn",)),
+]
 
 
 def test_kmeans(benchmark: Any, case: Case, way: Way) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
+from benchmarks.device import Work
 from benchmarks.measure import Aim, Case, Inputs, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
@@ -114,13 +115,26 @@ def _overlapping(size: Size, channels: int, aims: tuple[Aim, ...] = (), *, quick
     )
 
 
+def _work(size: Size, channels: int, bytes_of_labels: int) -> Work:
+    """Maps read and written, segments or masks read."""
+    pixels = sizes.pixels(size)
+    return Work(flop=2 * channels * pixels, bytes=(8 * channels + bytes_of_labels) * pixels)
+
+
 CASES: list[Case] = [
     _segments(sizes.PHOTOGRAPH, 3, (Aim("torch scatter", "ratio", least=2),), quick=True),
     _segments(sizes.PHOTOGRAPH, 21),
     _overlapping(sizes.PHOTOGRAPH, 3, (Aim("torch products", "ratio", least=10),), quick=True),
     _overlapping(sizes.PHOTOGRAPH, 21),
 ]
-GPU_CASES: list[Case] = [on_gpu(_segments(sizes.PHOTOGRAPH, 21)), on_gpu(_overlapping(sizes.PHOTOGRAPH, 21))]
+GPU_CASES: list[Case] = [
+    case
+    for size in (sizes.PHOTOGRAPH, sizes.batched(sizes.PHOTOGRAPH, 8))
+    for case in (
+        on_gpu(_segments(size, 21), _work(size, 21, bytes_of_labels=8)),
+        on_gpu(_overlapping(size, 21), _work(size, 21, bytes_of_labels=MASKS)),
+    )
+]
 
 
 def test_mask_vote(benchmark: Any, case: Case, way: Way) -> None:

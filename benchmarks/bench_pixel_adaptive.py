@@ -10,6 +10,7 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
+from benchmarks.device import Work
 from benchmarks.measure import Aim, Case, Inputs, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
@@ -28,7 +29,7 @@ def _image(size: Size) -> Tensor:
 
 def published(image: Tensor, maps: Tensor, variant: str) -> Tensor:
     """The published modules: 48 neighbours of every value in one tensor, by a dilated convolution a ring."""
-    kernel = torch.zeros(8, 1, 3, 3)
+    kernel = torch.zeros(8, 1, 3, 3, device=maps.device)
     places = [(y, x) for y in range(3) for x in range(3) if (y, x) != (1, 1)]
     for k, (y, x) in enumerate(places):
         kernel[k, 0, y, x] = 1
@@ -51,7 +52,7 @@ def _weights(near: Tensor, centre: Tensor, variant: str) -> Tensor:
         return (-(near - centre).abs() / (1e-8 + 0.1 * deviation)).mean(1, keepdim=True).softmax(2)
     similarity = (-(((near - centre).abs() / (near.std(2, keepdim=True) + 1e-8) / 0.3) ** 2)).mean(1, keepdim=True)
     ring = (2**0.5, 1.0, 2**0.5, 1.0, 1.0, 2**0.5, 1.0, 2**0.5)
-    steps = torch.tensor([d * r for d in DILATIONS for r in ring])
+    steps = torch.tensor([d * r for d in DILATIONS for r in ring], device=near.device)
     return similarity.softmax(2) + 0.01 * (-((steps / (steps.std() + 1e-8) / 0.3) ** 2)).softmax(0).view(1, 1, -1, 1, 1)
 
 
@@ -79,15 +80,15 @@ def shifted_views(image: Tensor, maps: Tensor, variant: str) -> Tensor:
     return maps
 
 
-def _case(variant: str, channels: int, aims: tuple[Aim, ...] = (), *, quick: bool = False) -> Case:
+def _case(variant: str, channels: int, aims: tuple[Aim, ...] = (), *, size: Size = CROP, quick: bool = False) -> Case:
     def inputs(size: Size) -> Inputs:
         return {"image": _image(size), "maps": sizes.maps(size, channels)}
 
     return Case(
-        name=f"{variant} {CROP.name} C={channels}",
+        name=f"{variant} {size.name} C={channels}",
         op="pixel_adaptive",
         groups=("adaptive", "memory"),
-        size=CROP,
+        size=size,
         channels=channels,
         inputs=inputs,
         expected=lambda i: wk.reference.pixel_adaptive(i["image"], i["maps"].double(), variant=variant),
@@ -104,6 +105,12 @@ def _case(variant: str, channels: int, aims: tuple[Aim, ...] = (), *, quick: boo
     )  # fmt: skip
 
 
+def _work(size: Size, channels: int) -> Work:
+    """A multiply-add a neighbour, map and iteration, about 18 operations for a neighbour's weight."""
+    neighbours, pixels = 8 * len(DILATIONS), sizes.pixels(size)
+    return Work(flop=neighbours * (2 * ITERATIONS * channels + 18) * pixels, bytes=4 * (3 + 2 * channels) * pixels)
+
+
 _AIMS = (
     Aim("module, published", "ratio", least=100),
     Aim("torch shifted views", "ratio", least=10),
@@ -114,7 +121,11 @@ CASES: list[Case] = [
     _case("par", 21, _AIMS),
     _case("pamr", 21, _AIMS),
 ]
-GPU_CASES: list[Case] = [on_gpu(_case("par", 21)), on_gpu(_case("pamr", 21))]
+GPU_CASES: list[Case] = [
+    on_gpu(_case(variant, 21, size=size), _work(size, 21))
+    for variant in ("par", "pamr")
+    for size in (CROP, sizes.batched(CROP, 16))
+]
 
 
 def test_pixel_adaptive(benchmark: Any, case: Case, way: Way) -> None:

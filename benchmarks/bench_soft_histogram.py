@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 import wsss_kernels as wk
-from benchmarks.measure import Aim, Case, Inputs, Result, Way, with_pytest
+from benchmarks import sizes
+from benchmarks.device import Work
+from benchmarks.measure import Aim, Case, Inputs, Result, Way, on_gpu, with_pytest
 from benchmarks.sizes import Size
 
 WORDS = 256
@@ -62,7 +64,15 @@ def _case(
         ),
         aims=aims,
         quick=quick,
+        by_image=False,
     )
+
+
+def _work(size: Size, leaves: tuple[str, ...]) -> Work:
+    """Backward the scores are made again: keeping them would be memory. Then a product a gradient."""
+    values = size.dim * sizes.pixels(size)
+    products = 2 + len(leaves) if leaves else 1
+    return Work(flop=0, bytes=4 * (1 + ("feats" in leaves)) * values, products=2 * products * WORDS * values)
 
 
 _FASTER = (Aim("torch", "ratio", least=1.5),)
@@ -80,10 +90,11 @@ CASES: list[Case] = [
     _case(SMALL, ("codebook",), _NOT_SLOWER, words=64),
     _case(SMALL, ("feats", "codebook"), _NOT_SLOWER, words=64),
 ]
+ONE = Size("vwe 28x28 batch 1", 28, 28, dim=2048)
 GPU_CASES: list[Case] = [
-    _case(TRAIN, (), quick=True),
-    _case(TRAIN, ("codebook",)),
-    _case(TRAIN, ("feats", "codebook")),
+    on_gpu(_case(size, leaves), _work(size, leaves))
+    for size in (TRAIN, ONE)
+    for leaves in ((), ("codebook",), ("feats", "codebook"))
 ]
 
 

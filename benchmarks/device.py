@@ -13,15 +13,19 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 COPIED = 2**30  # bytes, many times any cache
+MULTIPLIED = 8192  # rows and columns of a product that fills any GPU
 FP32_LANES = {(7, 5): 64, (8, 0): 64}  # of a multiprocessor; 128 in every other generation since
 
 
 @dataclass(frozen=True)
 class Work:
-    """The least a way must do: operations in float32, and bytes read and written, each operand once."""
+    """The least a way must do: operations in float32, bytes read and written, each operand once, and those operations
+    that are matrix products, which tensor cores may do.
+    """
 
     flop: float
     bytes: float
+    products: float = 0.0
 
 
 def moved(data: Any, device: torch.device) -> Any:
@@ -84,6 +88,7 @@ class Gpu:
         self.l2_bytes: int = properties.L2_cache_size
         self.flops = 2e6 * float(clock) * lanes * properties.multi_processor_count if clock else None
         self.bytes_per_second = self._copy_rate()
+        self.products_per_second = self._product_rate()
         self.about = {
             "device": "cuda",
             "machine": properties.name,
@@ -92,6 +97,7 @@ class Gpu:
             "triton": _triton_version(),
             "peak_tflops": None if self.flops is None else self.flops / 1e12,
             "copy_tbs": self.bytes_per_second / 1e12,
+            "product_tflops": self.products_per_second / 1e12,
         }
 
     def _copy_rate(self) -> float:
@@ -100,6 +106,17 @@ class Gpu:
         target = torch.empty_like(source)
         target.copy_(source)
         return 2 * COPIED / min(self.seconds(lambda: target.copy_(source), 5) for _ in range(3))
+
+    def _product_rate(self) -> float:
+        """Operations a second of a large matrix product in tf32, or what the GPU has in its place."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        try:
+            left, right = (torch.randn(MULTIPLIED, MULTIPLIED, device=self.device) for _ in range(2))
+            left @ right
+            return 2 * MULTIPLIED**3 / min(self.seconds(lambda: left @ right, 5) for _ in range(3))
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def free_gigabytes(self) -> float:
         torch.cuda.empty_cache()
@@ -147,10 +164,11 @@ class Gpu:
         return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
 
     def limit_ms(self, work: Work) -> float | None:
-        """What the arithmetic or the memory traffic alone takes, whichever is more."""
+        """What the arithmetic, the products or the memory traffic alone take, whichever is most."""
         if self.flops is None:
             return None
-        return 1e3 * max(work.flop / self.flops, work.bytes / self.bytes_per_second)
+        products = work.products / self.products_per_second
+        return 1e3 * max(work.flop / self.flops, products, work.bytes / self.bytes_per_second)
 
 
 def _triton_version() -> str | None:

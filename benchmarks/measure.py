@@ -114,11 +114,12 @@ class Case:
     only_full: bool = False
     timed: bool = True
     unit: str = "ms"  # of the table
+    by_image: bool = True  # no result is a sum over the batch: some of its images may repeat others
 
 
-def on_gpu(case: Case, *, without: Sequence[str] = ()) -> Case:
-    """The same on a GPU: without the aims of a CPU, and the ways named that only a CPU has."""
-    ways = tuple(way for way in case.ways if way.name not in without)
+def on_gpu(case: Case, work: Work, *, without: Sequence[str] = ()) -> Case:
+    """The same on a GPU, with the limit of ours: without the aims of a CPU, and without the ways named."""
+    ways = tuple(replace(way, work=work) if way.kind == "ours" else way for way in case.ways if way.name not in without)
     return replace(case, groups=case.groups[:1], ways=ways, aims=(), quick=False)
 
 
@@ -126,8 +127,8 @@ COLUMNS = (
     "date", "commit", "dirty", "machine", "cores", "isa", "threads", "python", "torch", "numpy", "scipy",
     "wsss_kernels", "op", "group", "case", "size", "batch", "channels", "dim", "height", "width", "way", "kind",
     "status", "error", "median_ms", "min_ms", "visits", "ratio", "ratio_low", "ratio_high", "ratio_to", "gflops",
-    "peak_mb", "output_mb", "device", "driver", "cuda", "triton", "peak_tflops", "copy_tbs", "kernel", "timing",
-    "eager_ms", "images_per_s", "launches", "limit_ms", "limit_reached",
+    "peak_mb", "output_mb", "device", "driver", "cuda", "triton", "peak_tflops", "copy_tbs", "product_tflops", "kernel",
+    "timing", "eager_ms", "images_per_s", "launches", "limit_ms", "limit_reached",
 )  # fmt: skip
 
 

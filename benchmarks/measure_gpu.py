@@ -46,7 +46,7 @@ def rotation(size: int, l2_bytes: int, seconds: float) -> int:
 
 def data_of(case: Case, gpu: Gpu) -> tuple[Inputs, Result]:
     """Inputs and the float64 result, both on the GPU."""
-    images = math.gcd(case.size.batch, DISTINCT)
+    images = math.gcd(case.size.batch, DISTINCT) if case.by_image else case.size.batch
     inputs = moved(case.inputs(replace(case.size, batch=images)), gpu.device)
     expected = case.expected(inputs)
     return repeated(inputs, images, case.size.batch), repeated(expected, images, case.size.batch)

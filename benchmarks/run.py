@@ -173,7 +173,8 @@ def heading(place: Row) -> str:
         return f"{place['machine']}, {place['cores']} cores, {place['isa']}, {place['threads']} threads; {versions}"
     return (
         f"{place['machine']}, driver {place['driver']}, CUDA {place['cuda']}, Triton {place['triton']}; limits: "
-        f"{shown(place['peak_tflops'])} TFLOP/s in float32, {shown(place['copy_tbs'])} TB/s copied; {versions}"
+        f"{shown(place['peak_tflops'])} TFLOP/s in float32, {shown(place['product_tflops'])} in products, "
+        f"{shown(place['copy_tbs'])} TB/s copied; {versions}"
     )
 
 

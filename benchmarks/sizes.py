@@ -32,6 +32,10 @@ def batched(size: Size, batch: int, **changed: int) -> Size:
     return replace(size, name=f"{size.name} batch {batch}", batch=batch, **changed)
 
 
+def pixels(size: Size) -> int:
+    return size.batch * size.height * size.width
+
+
 CALL = Size("4x4", 4, 4, dim=1)  # nothing to compute: what a call costs
 SMALL = Size("24x32", 24, 32)
 PSA = Size("psa 47x63", 47, 63)  # a 375x500 picture at stride 8, AffinityNet's inference

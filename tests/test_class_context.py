@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import wsss_kernels as wk
+import wsss_kernels
 from wsss_kernels import reference
 
 SHAPES = ((2, 5, 3, 9, 7), (1, 40, 21, 41, 41), (3, 1, 1, 1, 1), (2, 33, 4, 1, 20), (1, 130, 2, 17, 5))
@@ -39,7 +39,7 @@ def test_reference_pixel_by_pixel(given):
 
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(shape, given):
+def test_against_float64(wk, shape, given):
     feats, confidence = scene(*shape)
     assign = torch.randint(-2, shape[2] + 2, (shape[0], *shape[3:])) if given else None
     ours, right = feats.clone().requires_grad_(), feats.double().requires_grad_()
@@ -53,7 +53,7 @@ def test_against_float64(shape, given):
     assert not found[1].requires_grad
 
 
-def test_ties_go_to_the_lowest_and_the_threshold_is_strict():
+def test_ties_go_to_the_lowest_and_the_threshold_is_strict(wk):
     feats = torch.tensor([[[[2.0, 10.0]]]])
     confidence = torch.tensor([[[[0.75, 0.5]], [[0.75, 0.25]]]])
     prototypes, weights = wk.class_context(feats, confidence, threshold=0.5)
@@ -63,17 +63,19 @@ def test_ties_go_to_the_lowest_and_the_threshold_is_strict():
 
 def test_gradcheck_of_the_reference():
     feats, confidence = scene(2, 3, 4, 3, 2, torch.float64)
-    assert torch.autograd.gradcheck(lambda f: wk.class_context(f, confidence, threshold=0.4)[0], feats.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda f: wsss_kernels.class_context(f, confidence, threshold=0.4)[0], feats.requires_grad_()
+    )
 
 
-def test_nan_counts_for_nothing():
+def test_nan_counts_for_nothing(wk):
     feats, confidence = scene(1, 4, 3, 6, 6)
     confidence[0, :, 2, 3] = 0.0
     right = wk.class_context(feats, confidence, threshold=0.3)
     confidence[0, 1, 2, 3], feats[0, 2, 2, 3] = float("nan"), float("nan")
     for a, b in zip(wk.class_context(feats, confidence, threshold=0.3), right, strict=True):
         assert torch.equal(a, b)
-    in_double = wk.class_context(feats.double(), confidence, threshold=0.3)
+    in_double = wsss_kernels.class_context(feats.double(), confidence, threshold=0.3)
     assert all(x.isfinite().all() for x in in_double)
 
 
@@ -85,7 +87,7 @@ def test_same_bits_for_any_number_of_threads():
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             x = feats.clone().requires_grad_()
-            out = wk.class_context(x, confidence, threshold=0.3)
+            out = wsss_kernels.class_context(x, confidence, threshold=0.3)
             out[0].square().sum().backward()
             found.append((out[0].detach(), out[1], x.grad))
     finally:
@@ -94,7 +96,7 @@ def test_same_bits_for_any_number_of_threads():
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
-def test_half_precision(dtype, tolerance):
+def test_half_precision(wk, dtype, tolerance):
     feats, confidence = scene(1, 6, 3, 9, 9, dtype)
     found = wk.class_context(feats, confidence, threshold=0.3)
     expected = reference.class_context(feats.double(), confidence, threshold=0.3)
@@ -102,7 +104,7 @@ def test_half_precision(dtype, tolerance):
         assert x.dtype == dtype and error(x, y) < tolerance
 
 
-def test_views_and_empty():
+def test_views_and_empty(wk):
     feats, confidence = scene(2, 5, 3, 9, 7)
     right = wk.class_context(feats, confidence, threshold=0.3)
     views = [x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for x in (feats, confidence)]
@@ -124,10 +126,12 @@ def test_opcheck_and_compile():
     chosen = torch.randint(-1, 3, (2, 9, 7), dtype=torch.int32)
     weights = torch.rand(2, 9, 7)
     torch.library.opcheck(torch.ops.wsss_kernels.class_context, (feats.requires_grad_(), weights, chosen, 3))
-    compiled = torch.compile(lambda f, c: wk.class_context(f, c, threshold=0.3), fullgraph=True, dynamic=True)
+    compiled = torch.compile(lambda f, c: wsss_kernels.class_context(f, c, threshold=0.3), fullgraph=True, dynamic=True)
     for height in (9, 12, 15):
         feats, confidence = scene(2, 5, 3, height, 7)
-        for a, b in zip(compiled(feats, confidence), wk.class_context(feats, confidence, threshold=0.3), strict=True):
+        for a, b in zip(
+            compiled(feats, confidence), wsss_kernels.class_context(feats, confidence, threshold=0.3), strict=True
+        ):
             assert_close(a, b)
 
 
@@ -147,4 +151,4 @@ def test_opcheck_and_compile():
 def test_bad_arguments(change, failure, words):
     arguments = {"feats": torch.zeros(1, 5, 4, 6), "confidence": torch.zeros(1, 3, 4, 6), "threshold": 0.5, **change}
     with pytest.raises(failure, match=words):
-        wk.class_context(arguments.pop("feats"), arguments.pop("confidence"), **arguments)
+        wsss_kernels.class_context(arguments.pop("feats"), arguments.pop("confidence"), **arguments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from wsss_models.cli import sweep
 from wsss_models.cli.main import DONE, UsageError
 from wsss_models.cli.run_plan import SYSTEMS
 from wsss_models.cli.sweep import Scores, lines_of, mean_and_error, paired, scores_of, shown
@@ -50,24 +51,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    variants = _variants(arguments)
+    variants = _that_differ(arguments, _variants(arguments))
     scores: dict[str, dict[int, Scores]] = {name: {} for name in variants}
     for seed in arguments.seeds:
-        folders = {name: arguments.out / f"{_slug(name)}-seed{seed}" for name in variants}
+        folders = {name: _folder(arguments, name, seed) for name in variants}
         for name, settings in variants.items():
             print(f"=== {name}, seed {seed}: {' '.join(settings) or 'no change'}", flush=True)
-            words = [arguments.system, f"--data={arguments.data}", f"--preset={arguments.preset}", f"--seed={seed}"]
-            words += [
-                f"--device={arguments.device}",
-                f"--workers={arguments.workers}",
-                f"--precision={arguments.precision}",
-            ]
-            words += [f"--set={setting}" for setting in (*arguments.set, *settings)]
-            words += [] if arguments.segmentation else ["--until=labels"]
-            words += [] if arguments.weights is None else [f"--weights={arguments.weights}"]
+            words = _words(arguments, settings, seed)
             scores[name][seed] = scores_of(folders[name], words, list(folders.values()))
     print("\n".join(_table(variants, scores)))
     return DONE
+
+
+def _words(arguments: argparse.Namespace, settings: list[str], seed: int) -> list[str]:
+    """Of `wsss run`."""
+    return [
+        arguments.system,
+        f"--data={arguments.data}",
+        f"--preset={arguments.preset}",
+        f"--seed={seed}",
+        f"--device={arguments.device}",
+        f"--workers={arguments.workers}",
+        f"--precision={arguments.precision}",
+        *(f"--set={setting}" for setting in (*arguments.set, *settings)),
+        *([] if arguments.segmentation else ["--until=labels"]),
+        *([] if arguments.weights is None else [f"--weights={arguments.weights}"]),
+    ]
+
+
+def _that_differ(arguments: argparse.Namespace, variants: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Without those that the preset is already; what `wsss run` would refuse is refused before anything is trained."""
+    seed = arguments.seeds[0]
+    configs = {n: sweep.configs(_folder(arguments, n, seed), _words(arguments, s, seed)) for n, s in variants.items()}
+    same = [name for name in variants if name != WHOLE and configs[name] == configs[WHOLE]]
+    if len(same) == len(variants) - 1:
+        raise UsageError(f"nothing to compare: the preset {arguments.preset} is already that ({', '.join(same)})")
+    for name in same:
+        print(f"=== {name}: the preset {arguments.preset} is that already", flush=True)
+    return {name: settings for name, settings in variants.items() if name not in same}
+
+
+def _folder(arguments: argparse.Namespace, name: str, seed: int) -> Path:
+    return Path(arguments.out) / f"{_slug(name)}-seed{seed}"
 
 
 def _variants(arguments: argparse.Namespace) -> dict[str, list[str]]:

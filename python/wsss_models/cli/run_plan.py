@@ -152,6 +152,12 @@ def networks_of(plan: Plan) -> dict[str, tuple[str, str]]:
     return networks
 
 
+def configs_of(plan: Plan) -> dict[str, object]:
+    """Stage -> the settings of what it trains, whichever preset and `--set` they came from; errors of `networks_of`."""
+    networks = networks_of(plan)
+    return {stage: with_settings(preset(*network), settings_of(plan, stage)) for stage, network in networks.items()}
+
+
 def _refiner_preset(plan: Plan, classifier: tuple[str, str]) -> str:
     """For this system, or of the run's own name, or else the first with the classifier's backbone."""
     presets, backbone = system(plan.refiner).PRESETS, preset(*classifier).backbone

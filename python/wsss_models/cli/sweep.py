@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wsss_models.cli import run as one_run
 from wsss_models.cli.main import DONE, UsageError
-from wsss_models.cli.run_plan import classifier_of, open_splits, plan_of, read_plan
+from wsss_models.cli.run_plan import classifier_of, configs_of, open_splits, plan_of, read_plan
 
 Scores = dict[str, float]  # stage -> mean IoU in percent
 
@@ -30,15 +30,26 @@ def scores_of(out: Path, words: Sequence[str], siblings: Sequence[Path]) -> Scor
     Raises:
         UsageError: arguments that `wsss run` refuses, or pictures that failed.
     """
-    parser = argparse.ArgumentParser(prog="wsss run")
-    one_run.add_arguments(parser)
-    arguments = parser.parse_args([*words, f"--out={out}"])
+    arguments = _parse(out, words)
     if arguments.classifier is None:
         arguments.classifier = _same_classifier(arguments, siblings)
     if one_run.run(arguments) != DONE:
         raise UsageError(f"wsss run {' '.join(words)}: some pictures failed")
     record = json.loads((out / one_run.RESULTS).read_text(encoding="utf-8"))
     return {row["stage"]: 100 * row["miou"] for row in record["rows"] if row["miou"] is not None}
+
+
+def configs(out: Path, words: Sequence[str]) -> dict[str, object]:
+    """What `wsss run WORDS --out OUT` would train: stage -> settings.
+
+    Raises:
+        UsageError: arguments that `wsss run` refuses.
+    """
+    arguments = _parse(out, words)
+    try:
+        return configs_of(plan_of(arguments, *open_splits(arguments)))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -72,6 +83,12 @@ def lines_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{w}}" for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in (head, *rows)
     ]
+
+
+def _parse(out: Path, words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="wsss run")
+    one_run.add_arguments(parser)
+    return parser.parse_args([*words, f"--out={out}"])
 
 
 def _same_classifier(arguments: argparse.Namespace, siblings: Sequence[Path]) -> Path | None:
