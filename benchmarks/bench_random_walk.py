@@ -14,6 +14,7 @@ from benchmarks import baselines, sizes
 from benchmarks.device import Work
 from benchmarks.measure import Aim, Case, Inputs, Way, with_pytest
 from benchmarks.sizes import Size
+from benchmarks.step_chain import step_chain
 from wsss_kernels import _dispatch
 from wsss_kernels.ops.random_walk import SOLVERS, cuda_plan
 from wsss_kernels.reference.random_walk import walk_step, walk_weights
@@ -186,11 +187,17 @@ def _call() -> Case:
 # On a GPU -------------------------------------------------------------------------------------------------------------
 
 
+def _products(solver: str) -> tuple[int, bool]:
+    """How many the solver makes, and whether they are a series."""
+    series = _dispatch.native.walk_method(STEPS, SOLVERS.index(solver), 1e-4)[1] if _dispatch.native else []
+    return (len(series) - 1, True) if series else (STEPS, False)
+
+
 def _work(size: Size, channels: int, solver: str) -> Work:
     """The products that the solver makes, with the weights in the half-stencil form and every map read and written."""
     pixels = size.batch * size.height * size.width
-    series = _dispatch.native.walk_method(STEPS, SOLVERS.index(solver), 1e-4)[1] if _dispatch.native else []
-    products, each = (len(series) - 1, 2 * 69 + 4) if series else (STEPS, 2 * 69)
+    products, series = _products(solver)
+    each = 2 * 69 + 4 if series else 2 * 69
     return Work(flop=each * products * pixels * channels, bytes=4 * pixels * (34 + 2 * channels))
 
 
@@ -225,6 +232,22 @@ def _gpu_walk(size: Size, batch: int, channels: int) -> Case:
         ways=tuple(ways),
         quick=batch == 1,
     )
+
+
+def _chain() -> Case:
+    """A walk of one image beside its steps without any work. Launches: eager_ms one by one, median_ms in a graph."""
+    steps, _ = _products("auto")
+
+    def of(kind: str, blocks: int) -> Way:
+        return Way(f"{steps} {kind}, {blocks} blocks", "context", lambda i: step_chain(kind, steps, blocks))
+
+    case = _gpu_walk(sizes.PSA, 1, 3)
+    limits = [
+        of("launches", 16),
+        *(of("grid barriers", n) for n in (16, 64)),
+        *(of("cluster barriers", n) for n in (8, 16)),
+    ]
+    return replace(case, name=f"{case.name}, its chain of steps", ways=(case.ways[0], *limits), quick=False)
 
 
 def _compiled(inputs: Inputs) -> Callable[[], Tensor]:
@@ -276,6 +299,7 @@ GPU_CASES: list[Case] = [
     *(_gpu_walk(size, batch, 3) for batch in sizes.GPU_BATCHES for size in sizes.GPU_SIZES),
     _training(sizes.PSA, 5, 256, gigabytes=8),
     _call(),
+    _chain(),
     _gpu_compiled(sizes.PSA, 16, 3),
 ]
 

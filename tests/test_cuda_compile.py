@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 NO_SPILLS = (80, 90)  # the architectures the kernels are shaped for; elsewhere a spill is reported
-SOURCES = sorted(CSRC.glob("*.cu"))
+SOURCES = [*sorted(CSRC.glob("*.cu")), *sorted((ROOT / "benchmarks").glob("*.cu"))]
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc (looked at CUDACXX, PATH, /usr/local/cuda/bin)")
