@@ -24,6 +24,7 @@ __global__ void cluster_steps(int steps) {
 // The CUDA error. kind: 0 launches, 1 barriers of the grid, 2 of one cluster of `blocks`.
 extern "C" int step_chain(int kind, int steps, int blocks, int threads, void* on) {
   const cudaStream_t stream = static_cast<cudaStream_t>(on);
+  cudaGetLastError();  // of an earlier call that was refused
   if (kind == 0) {
     for (int i = 0; i < steps; ++i) step<<<blocks, threads, 0, stream>>>();
     return cudaGetLastError();

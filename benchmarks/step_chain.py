@@ -31,7 +31,10 @@ def _library() -> ctypes.CDLL:
     major, minor = torch.cuda.get_device_capability()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "step_chain.so"
-        subprocess.run(compile_command(nvcc, 10 * major + minor, out), check=True, capture_output=True)
+        command = compile_command(nvcc, 10 * major + minor, out)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         library = ctypes.CDLL(str(out))  # stays mapped when its file is gone
     library.step_chain.argtypes = [ctypes.c_int] * 4 + [ctypes.c_void_p]
     return library
@@ -41,7 +44,7 @@ def step_chain(kind: str, steps: int, blocks: int) -> Callable[[], None]:
     """A call that makes `steps` steps of a kind on the current stream, `blocks` blocks each.
 
     Raises:
-        RuntimeError: no nvcc, or CUDA refuses, as it does clusters before compute capability 9.0.
+        RuntimeError: no nvcc, or one that fails, or CUDA refuses, as it does clusters before compute capability 9.0.
     """
     library = _library()
 

@@ -62,9 +62,9 @@ void hspp_cpu(const float* feats, float* out, int32_t* places, PyramidShape shap
   const int64_t maxima = count * kPyramidPlanes, each = maxima + bands * shape.width + kPyramidPadding;
   threads = thread_count(threads, shape);
   const Buffer<float> values(each * threads);
-  const Buffer<int32_t> their_places(each * threads);
+  const Buffer<int32_t> their_places(places ? each * threads : 0);
   std::fill_n(values.get(), each * threads, 0.0f);
-  std::fill_n(their_places.get(), each * threads, 0);
+  std::fill_n(their_places.get(), places ? each * threads : 0, 0);
   parallel(threads, [&](const Team& team) {
     const PyramidMaxima own = {values.get() + each * team.thread,
                                places ? their_places.get() + each * team.thread : nullptr};
@@ -73,22 +73,21 @@ void hspp_cpu(const float* feats, float* out, int32_t* places, PyramidShape shap
     for (int64_t first = team.begin(shape.planes); first < end; first += kPyramidPlanes) {
       const int planes = int(std::min<int64_t>(kPyramidPlanes, end - first));
       double totals[kPyramidPlanes] = {};
+      const auto merged = [&](const PyramidLevel& level) { return &level != &*finest && made_of(level, *finest); };
       for (int p = 0; p < planes; ++p) {
         const float* const plane = feats + (first + p) * pixels;
+        PyramidMaxima found = own + p;
+        for (const PyramidLevel& level : windows) {
+          if (!merged(level)) kernels().find(plane, int(shape.width), level, scratch, found);
+          found = found + int64_t(level.windows()) * kPyramidPlanes;
+        }
         totals[p] = levels.gamma * kernels().sum(plane, int(shape.height), int(shape.width)) / double(pixels);
-        kernels().find(plane, int(shape.width), *finest, scratch, finest_own + p);
       }
       PyramidMaxima found = own;
-      for (auto level = windows.begin(); level != windows.end(); ++level) {
-        if (level != finest && made_of(*level, *finest)) {
-          kernels().merge(*finest, finest_own, *level, found);
-        } else if (level != finest) {
-          for (int p = 0; p < planes; ++p) {
-            kernels().find(feats + (first + p) * pixels, int(shape.width), *level, scratch, found + p);
-          }
-        }
-        kernels().add_means(found.values, level->windows(), totals);
-        found = found + level->windows() * kPyramidPlanes;
+      for (const PyramidLevel& level : windows) {
+        if (merged(level)) kernels().merge(*finest, finest_own, level, found);
+        kernels().add_means(found.values, level.windows(), totals);
+        found = found + int64_t(level.windows()) * kPyramidPlanes;
       }
       for (int p = 0; p < planes; ++p) {
         out[first + p] = float(totals[p] / parts);

@@ -67,23 +67,23 @@ WSSS_ALWAYS_INLINE Peaks<kPlaces> down_columns(const float* p, int count, int ro
 template <bool kPlaces>
 void find_maxima(const float* plane, int width, const PyramidLevel& level, PyramidMaxima scratch,
                  PyramidMaxima maxima) {
-  const int rows = level.window_rows, length = level.rows * width;
+  const int rows = level.window_rows;
+  const int64_t length = int64_t(level.rows) * width, end = length * rows;
   VecInt lane;
   for (int i = 0; i < n; ++i) lane[i] = i;
   for (int band = 0; band < level.rows; ++band) {
-    const bool last = band == level.rows - 1;
-    for (int x = 0; x < width; x += n) {
-      const int place = band * rows * width + x;
-      const bool whole = !last || x + n <= width;  // else the next plane would be read, or nothing
+    for (int64_t x = 0; x < width; x += n) {
+      const int place = int(band * rows * int64_t(width) + x);
+      const bool whole = place + int64_t(rows - 1) * width + n <= end;  // else what is behind the plane would be read
       const Peaks<kPlaces> peaks =
           whole ? down_columns<kPlaces, true>(plane + place, n, rows, width, lane + place)
-                : down_columns<kPlaces, false>(plane + place, width - x, rows, width, lane + place);
+                : down_columns<kPlaces, false>(plane + place, int(width - x), rows, width, lane + place);
       peaks.put(scratch, int64_t(band) * width + x);
     }
   }
   for (int covered = 1, step; covered < level.window_columns; covered += step) {
     step = covered < level.window_columns - covered ? covered : level.window_columns - covered;
-    for (int x = 0; x < length - step; x += n) {
+    for (int64_t x = 0; x < length - step; x += n) {
       larger(Peaks<kPlaces>::at(scratch, x), Peaks<kPlaces>::at(scratch, x + step)).put(scratch, x);
     }
   }
@@ -101,16 +101,16 @@ template <bool kPlaces>
 void merge_maxima(const PyramidLevel& fine, PyramidMaxima found, const PyramidLevel& coarse, PyramidMaxima merged) {
   const int down = coarse.window_rows / fine.window_rows, across = coarse.window_columns / fine.window_columns;
   for (int w = 0; w < coarse.windows(); ++w) {
-    const int first = w / coarse.columns * down * fine.columns + w % coarse.columns * across;
+    const int64_t first = int64_t(w / coarse.columns) * down * fine.columns + w % coarse.columns * across;
     for (int p = 0; p < kPyramidPlanes; p += n) {
       Peaks<kPlaces> peaks = Peaks<kPlaces>::at(found, first * kPyramidPlanes + p);
       for (int y = 0; y < down; ++y) {
         for (int x = 0; x < across; ++x) {
-          const int window = first + y * fine.columns + x;
+          const int64_t window = first + int64_t(y) * fine.columns + x;
           peaks = larger(peaks, Peaks<kPlaces>::at(found, window * kPyramidPlanes + p));
         }
       }
-      peaks.put(merged, w * kPyramidPlanes + p);
+      peaks.put(merged, int64_t(w) * kPyramidPlanes + p);
     }
   }
 }

@@ -18,7 +18,8 @@ import hypothesis
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import wsss_kernels
 from wsss_kernels import _dispatch
@@ -153,6 +154,22 @@ def same(device):
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request) -> torch.dtype:
     return request.param
+
+
+class OneDevice(TorchDispatchMode):
+    """Tensors without data and tensors with data do not meet, as tensors of a GPU and of the CPU would not."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        met = {x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and (x.is_meta or x.dim())}
+        assert len(met) < 2 or func is torch.ops.aten.copy_.default, f"{func} of tensors on two devices"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Everything on the device "meta", where the ops run their references."""
+    monkeypatch.delenv("WSSS_REQUIRE_NATIVE", raising=False)
+    return OneDevice()
 
 
 @pytest.fixture

@@ -77,12 +77,16 @@ def test_the_number_of_threads_does_not_change_a_bit():
     assert all(all(map(torch.equal, result, results[0])) for result in results)
 
 
-@pytest.mark.native
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_instruction_sets(isa, tmp_path, assert_close):
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request):
     order = ["baseline", "avx2", "avx512"]
-    if order.index(isa) > order.index(wsss_kernels.info()["cpu"]["isa"]):
-        pytest.skip(f"this processor or build has no {isa}")
+    if order.index(request.param) > order.index(wsss_kernels.info()["cpu"]["isa"]):
+        pytest.skip(f"this processor or build has no {request.param}")
+    return request.param
+
+
+@pytest.mark.native
+def test_instruction_sets(isa, tmp_path, assert_close):
     feats = ties(2, 3, 37, 41)
     torch.save(feats, tmp_path / "feats.pt")
     script = f"""
@@ -97,6 +101,32 @@ torch.save([out.detach(), torch.autograd.grad(out.sum(), feats)[0]], {str(tmp_pa
         torch.load(tmp_path / "out.pt"), oracle(feats, (1, 2, 3, 4), 2.0, torch.ones(2, 3)), strict=True
     ):
         assert_close(got, expected)
+
+
+@pytest.mark.native
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page by Linux's mprotect")
+def test_reads_nothing_behind_the_features(isa):
+    """They end where a page begins that nobody may read."""
+    script = """
+import ctypes, mmap, os, torch, wsss_kernels as wk
+libc = ctypes.CDLL(None)
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+memory, end = mmap.mmap(-1, 5 * mmap.PAGESIZE), 4 * mmap.PAGESIZE
+assert libc.mprotect(ctypes.addressof(ctypes.c_char.from_buffer(memory)) + end, mmap.PAGESIZE, 0) == 0
+for height in range(1, 10):
+    for width in (*range(1, 20), 31, 33, 40):
+        count = 3 * height * width
+        feats = torch.frombuffer(memory, dtype=torch.float32, count=count, offset=end - 4 * count)
+        feats = feats.view(1, 3, height, width)
+        for level in range(1, min(height, width, 5) + 1):
+            wk.hspp(feats, levels=(level, 1))
+            wk.hspp(feats.detach().requires_grad_(), levels=(1, level))
+print("done", flush=True)
+os._exit(0)
+"""
+    environment = os.environ | {"WSSS_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
 def test_layouts(wk, layout):

@@ -103,7 +103,7 @@ def test_refusals(scenes, tmp_path, capsys):
         (["--variant", "typo:affinity.stepz=4"], "stepz"),
         (
             ["--only", "256 steps", "--set", "affinity.steps=256"],
-            "nothing to compare: the preset tiny is already that (256 steps)",
+            "nothing to compare: 256 steps changes nothing of these settings",
         ),
     ):
         assert main([*words, *more]) == 2
@@ -119,7 +119,7 @@ def test_what_the_preset_is_already_is_not_trained_again(scenes, tmp_path, capsy
     words = ["ablate", "vwe", f"--data={scenes}", f"--out={tmp_path / 'out'}", "--preset=tiny", *SMALL, "--device=cpu"]
     assert main([*words, "--workers=0", "--only", "GAP", "CAMs of the words"]) == 0
     printed = capsys.readouterr().out
-    assert "=== GAP: the preset tiny is that already" in printed
+    assert "=== GAP: changes nothing of these settings" in printed
     table = printed[printed.index("mean IoU %") :].splitlines()
     assert [line.split("  ")[0].strip() for line in table[1:3]] == ["as it is", "CAMs of the words"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["as-it-is-seed0", "cams-of-the-words-seed0"]

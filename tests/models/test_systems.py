@@ -323,12 +323,12 @@ def test_boundaries_are_flip_equivariant():
 
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.filterwarnings("ignore:.* on meta runs the slow reference")
-def test_a_step_stays_on_the_device_of_its_pictures(name, monkeypatch):
-    """A device without data: a tensor made on another, or a number that the host would wait for, is an error."""
-    monkeypatch.delenv("WSSS_REQUIRE_NATIVE", raising=False)
+def test_a_step_stays_on_the_device_of_its_pictures(name, one_device):
+    """Where there are no data: a tensor made elsewhere, or a number that the host would wait for, is an error."""
     config = preset(name, "tiny")
     model = system(name).Model(config).to("meta")
     batch = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in batch_for(name, config).items()}
-    model.loss(batch, progress=0.6)["total"].backward()
+    with one_device:
+        model.loss(batch, progress=0.6)["total"].backward()
     learnt = [p for group in model.parameter_groups() for p in group["params"] if p.grad is not None]
     assert learnt and all(p.grad.is_meta for p in learnt)

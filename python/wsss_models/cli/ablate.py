@@ -80,14 +80,16 @@ def _words(arguments: argparse.Namespace, settings: list[str], seed: int) -> lis
 
 
 def _that_differ(arguments: argparse.Namespace, variants: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Without those that the preset is already; what `wsss run` would refuse is refused before anything is trained."""
+    """Without those that change nothing; what `wsss run` would refuse is refused before anything is trained."""
     seed = arguments.seeds[0]
     configs = {n: sweep.configs(_folder(arguments, n, seed), _words(arguments, s, seed)) for n, s in variants.items()}
+    for stages in configs.values() if not arguments.segmentation else ():
+        stages.pop("deeplab")
     same = [name for name in variants if name != WHOLE and configs[name] == configs[WHOLE]]
     if len(same) == len(variants) - 1:
-        raise UsageError(f"nothing to compare: the preset {arguments.preset} is already that ({', '.join(same)})")
+        raise UsageError(f"nothing to compare: {', '.join(same)} changes nothing of these settings")
     for name in same:
-        print(f"=== {name}: the preset {arguments.preset} is that already", flush=True)
+        print(f"=== {name}: changes nothing of these settings", flush=True)
     return {name: settings for name, settings in variants.items() if name not in same}
 
 
