@@ -55,8 +55,9 @@ WSSS_ALWAYS_INLINE Peaks<kPlaces> down_columns(const float* p, int count, int ro
   Peaks<kPlaces> peaks = {splat(-__builtin_inff()), place};
   for (int y = 0; y < rows; ++y, p += width, place += width) {
     const V value = kWhole ? load(p) : load_some(p, count);
-    if constexpr (kPlaces) peaks.places = value > peaks.values ? place : peaks.places;
-    peaks.values = value > peaks.values ? value : peaks.values;
+    const V highest = value > peaks.values ? value : peaks.values;
+    if constexpr (kPlaces) peaks.places = highest != peaks.values ? place : peaks.places;  // off the chain of maxima
+    peaks.values = highest;
   }
   return peaks;
 }
