@@ -18,11 +18,6 @@ KINDS = ("launches", "grid barriers", "cluster barriers")
 THREADS = 256  # of a block, as the walk's
 
 
-def compile_command(nvcc: str, arch: int, out: Path) -> list[str]:
-    options = ["-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra,-fPIC", "-shared", f"-arch=sm_{arch}"]
-    return [nvcc, *options, "-o", str(out), str(SOURCE)]
-
-
 @functools.cache
 def _library() -> ctypes.CDLL:
     nvcc = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -31,7 +26,8 @@ def _library() -> ctypes.CDLL:
     major, minor = torch.cuda.get_device_capability()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "step_chain.so"
-        command = compile_command(nvcc, 10 * major + minor, out)
+        options = ["-std=c++17", "-O3", "-Xcompiler=-Wall,-Wextra,-fPIC", "-shared", f"-arch=sm_{major}{minor}"]
+        command = [nvcc, *options, "-o", str(out), str(SOURCE)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
