@@ -24,8 +24,8 @@ from pathlib import Path
 from wsss_models.cli import data as data_command
 from wsss_models.cli.main import DONE, UsageError
 from wsss_models.cli.run import RESULTS as RUN_RESULTS
-from wsss_models.cli.run_plan import SYSTEMS
-from wsss_models.cli.sweep import Scores, lines_of, mean_and_error, paired, scores_of, shown
+from wsss_models.cli.run_plan import SYSTEMS, stage_of
+from wsss_models.cli.sweep import Scores, configs, lines_of, mean_and_error, paired, scores_of, shown
 
 from benchmarks.measure import RESULTS, Row, environment
 from benchmarks.run import heading, write
@@ -52,6 +52,17 @@ def named(word: str) -> str:
 
 def folder_of(out: Path, name: str, seed: int) -> Path:
     return out / f"{name.replace(':', '-').replace(',', '-')}-seed{seed}"
+
+
+def words_of(name: str, seed: int, data: Path, folder: Path, options: argparse.Namespace) -> list[str]:
+    """Of `wsss run`, with the settings of the stages that the system has."""
+    system, _, refiner = name.partition(":")
+    words = [system, f"--data={data}", f"--preset={options.preset}", f"--seed={seed}", f"--until={options.until}"]
+    words += [f"--device={options.device}", f"--workers={options.workers}", f"--precision={options.precision}"]
+    words += [f"--refiner={refiner}"] if refiner else []
+    words += ["--ceiling"] if options.ceiling and name == BASELINE else []
+    stages = configs(folder, words)
+    return [*words, *(f"--set={setting}" for setting in options.set if stage_of(setting) in (None, *stages))]
 
 
 def minutes_of(folder: Path) -> float:
@@ -107,7 +118,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--data-args", default=DATA, metavar="WORDS", help=f'of wsss data synth ("{DATA}")')
     parser.add_argument("--preset", default="tiny", metavar="NAME", help="of each system (tiny)")
-    parser.add_argument("--set", action="append", default=[], metavar="[STAGE.]NAME=VALUE", help="of every run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="[STAGE.]NAME=VALUE", help="of every run that has the stage"
+    )
     parser.add_argument("--precision", default="32-true", help="of the arithmetic in training (32-true)")
     parser.add_argument("--until", default="deeplab", choices=("labels", "deeplab"), help="labels: no segmentation")
     parser.add_argument("--ceiling", action="store_true", help="also the segmentation network trained on the masks")
@@ -125,15 +138,12 @@ def main(argv: list[str] | None = None) -> int:
             data = options.out / f"set-seed{seed}"
             make_set(data, shlex.split(options.data_args), seed)
             folders = {name: folder_of(options.out, name, seed) for name in systems}
-            for name in systems:
+            commands = {name: words_of(name, seed, data, folders[name], options) for name in systems}
+            unused = [s for s in options.set if not any(f"--set={s}" in words for words in commands.values())]
+            if unused:
+                raise UsageError(f"--set {unused[0]}: none of these systems has a stage {stage_of(unused[0])}")
+            for name, words in commands.items():
                 print(f"=== {name}, seed {seed}", flush=True)
-                system, _, refiner = name.partition(":")
-                words = [system, f"--data={data}", f"--preset={options.preset}", f"--seed={seed}"]
-                words += [f"--device={options.device}", f"--workers={options.workers}", f"--until={options.until}"]
-                words += [f"--precision={options.precision}"]
-                words += [f"--set={setting}" for setting in options.set]
-                words += [f"--refiner={refiner}"] if refiner else []
-                words += ["--ceiling"] if options.ceiling and name == BASELINE else []
                 scores[name][seed] = scores_of(folders[name], words, list(folders.values()))
                 rows += rows_of(name, seed, scores[name][seed], scores[BASELINE][seed], options)
     except UsageError as error:

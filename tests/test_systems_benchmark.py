@@ -75,3 +75,16 @@ def test_rows_and_differences(tmp_path, capsys):
     assert "must be SYSTEM or SYSTEM:REFINER" in capsys.readouterr().err
     assert systems.main(["--out", f"{tmp_path / 'out'}", "--seeds", "3", "--data-args", "--images 14"]) == 2
     assert "must be a new or empty folder" in capsys.readouterr().err
+
+
+def test_settings_go_to_the_systems_that_have_the_stage(tmp_path, capsys):
+    words = ["--out", f"{tmp_path / 'out'}", "--seeds", "3", *SMALL, "--workers=0", "--until=labels", "--device=cpu"]
+    words += ["--data-args", "--images 12 --classes 3 --size 48 52 --val 0.25", "--set=sccam.clusters=2"]
+    assert systems.main([*words, "--systems", "classifier:none"]) == 2
+    assert "--set sccam.clusters=2: none of these systems has a stage sccam" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "classifier-none-seed3").exists()
+    assert systems.main([*words, "--systems", "sccam:none", "--set=sccam.rounds=1"]) == 0
+    manifest = json.loads((tmp_path / "out" / "sccam-none-seed3" / "round1" / "manifest.json").read_text())
+    assert manifest["config"]["clusters"] == 2
+    plan = json.loads((tmp_path / "out" / "classifier-none-seed3" / "run.json").read_text())["plan"]
+    assert not any("sccam" in setting for setting in plan["settings"])

@@ -67,12 +67,16 @@ def settings_of(plan: Plan, stage: str) -> list[str]:
     """The --set of a stage, its own and those of all."""
     chosen = []
     for setting in plan.settings:
-        first, _, rest = setting.partition(".")
-        if first in STAGES and "=" in rest:
-            chosen += [rest] if first == stage else []
-        else:
-            chosen.append(setting)
+        own = stage_of(setting)
+        if own in (None, stage):
+            chosen.append(setting if own is None else setting.removeprefix(f"{own}."))
     return chosen
+
+
+def stage_of(setting: str) -> str | None:
+    """The stage that [STAGE.]NAME=VALUE is for; None: all."""
+    first, dot, _ = setting.partition("=")[0].partition(".")
+    return first if dot and first in STAGES else None
 
 
 def read_plan(out: Path) -> tuple[Plan, dict[str, float]]:
@@ -144,9 +148,8 @@ def networks_of(plan: Plan) -> dict[str, tuple[str, str]]:
     if plan.refiner in TRAINED:
         networks["affinity"] = (plan.refiner, _refiner_preset(plan, classifier))
     for setting in plan.settings:
-        stage, dot, _ = setting.partition("=")[0].partition(".")
-        if dot and stage in STAGES and stage not in networks:
-            raise UsageError(f"--set {setting}: this run has no stage {stage}")
+        if stage_of(setting) not in (None, *networks):
+            raise UsageError(f"--set {setting}: this run has no stage {stage_of(setting)}")
     for stage, (name, which) in networks.items():
         with_settings(preset(name, which), settings_of(plan, stage))
     return networks
