@@ -270,7 +270,8 @@ class Band {
   __device__ Band(const ResidentWalk& walk, int round)
       : walk_(walk),
         item_(int(blockIdx.x) / walk.blocks + round * walk.items_at_once),
-        rank_(int(blockIdx.x) % walk.blocks) {
+        rank_(int(blockIdx.x) % walk.blocks),
+        slot_(kCluster ? item_ : item_ % walk.items_at_once) {
     const int groups = (walk.width + kPixels - 1) / kPixels;  // of pixels, a row
     y_ = begin() + int(threadIdx.x) / groups;
     x_ = int(threadIdx.x) % groups * kPixels;
@@ -312,7 +313,7 @@ class Band {
       meet<kCluster>();
       for (int rank = 0; rank < walk_.blocks; ++rank) walked |= alive[rank];
     } else {
-      int* const all = walk_.alive + ((round & 1) * walk_.items_at_once + slot()) * walk_.blocks;
+      int* const all = walk_.alive + ((round & 1) * walk_.items_at_once + slot_) * walk_.blocks;
       if (threadIdx.x == 0) all[rank_] = alive[0];
       meet<kCluster>();
       for (int rank = 0; rank < walk_.blocks; ++rank) walked |= all[rank];
@@ -365,16 +366,17 @@ class Band {
     }
   }
 
-  // The grid form's halo rows of x_k.
+  // The grid form's halo rows of x_k: threads keep their columns and take the lines in turn.
   __device__ void receive(int k, int walked) const {
+    const int above = min(begin(), kHalo), lines = above + min(walk_.height - end(), kHalo);
+    const int first = y_ - begin() < walk_.rows ? y_ - begin() : lines;  // the last threads may have no line
     for (int m = 0; m < maps(); ++m) {
       if (!(walked >> m & 1)) continue;
-      const float* const from = exchange(k, m);
-      const int above = min(begin(), kHalo), below = min(walk_.height - end(), kHalo);
-      for (int i = threadIdx.x; i < (above + below) * walk_.columns; i += blockDim.x) {
-        const int line = i / walk_.columns, x = i % walk_.columns;
+      for (int line = first; line < lines; line += walk_.rows) {
         const int y = line < above ? begin() - above + line : end() + line - above;
-        walk_.map(k, m)[(y - begin() + kHalo) * walk_.pitch + x + kHalo] = from[y * walk_.columns + x];
+        float value[kPixels];
+        load_floats<kPixels>(exchange(k, m) + y * walk_.columns + x_, value);
+        store_floats(walk_.map(k, m) + (y - begin() + kHalo) * walk_.pitch + x_ + kHalo, value);
       }
     }
     __syncthreads();
@@ -393,7 +395,6 @@ class Band {
   }
 
  private:
-  __device__ int slot() const { return kCluster ? item_ : item_ % walk_.items_at_once; }  // among the items at once
   // The band's rows [begin, end).
   __device__ int begin() const { return min(rank_ * walk_.rows, walk_.height); }
   __device__ int end() const { return min(begin() + walk_.rows, walk_.height); }
@@ -405,7 +406,7 @@ class Band {
     return map * walk_.height * walk_.width;
   }
   __device__ float* exchange(int k, int m) const {
-    const int64_t map = (int64_t(k & 1) * walk_.items_at_once + slot()) * walk_.maps_an_item + m;
+    const int64_t map = (int64_t(k & 1) * walk_.items_at_once + slot_) * walk_.maps_an_item + m;
     return walk_.exchange + map * walk_.height * walk_.columns;
   }
 
@@ -430,7 +431,8 @@ class Band {
   const ResidentWalk& walk_;
   const int item_;
   const int rank_;
-  int y_, x_;  // the thread's first pixel
+  const int slot_;  // among the items at once
+  int y_, x_;       // the thread's first pixel
   Links<Weight> links_;
   float inverse_[kPixels];
 };

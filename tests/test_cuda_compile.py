@@ -1,19 +1,23 @@
-"""Every CUDA source compiled for every architecture of a release: registers and spills, without a GPU.
+"""Every CUDA source compiled for every architecture of a release: registers, spills and the loops that take the time.
 
-`python tests/test_cuda_compile.py` prints the table.
+No GPU is needed. `python -m tests.test_cuda_compile` prints the table.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from tests.cuda import disassembly
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -42,10 +46,14 @@ class Kernel:
 HEADER = "arch    registers  stack  stores  loads  kernel"
 
 
-def compiled(source: Path, arch: int) -> list[Kernel]:
+def cubin_of(source: str, arch: int, folder: Path) -> Path:
+    return folder / f"{source}.sm_{arch}.cubin"
+
+
+def compiled(source: Path, arch: int, folder: Path) -> list[Kernel]:
     """The kernels of one file for one architecture, as ptxas reports them; warnings are errors."""
     command = [
-        NVCC, "-std=c++17", "-O3", f"-I{CSRC}", f"-arch=sm_{arch}", "-cubin", "-o", os.devnull,
+        NVCC, "-std=c++17", "-O3", f"-I{CSRC}", f"-arch=sm_{arch}", "-cubin", "-o", cubin_of(source.name, arch, folder),
         "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v", "-Werror=cross-execution-space-call", str(source),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -82,16 +90,21 @@ def readable(symbol: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def table() -> dict[tuple[str, int], list[Kernel]]:
-    return compile_all()
+def cubins(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cubins")
 
 
-def compile_all() -> dict[tuple[str, int], list[Kernel]]:
+@pytest.fixture(scope="module")
+def table(cubins) -> dict[tuple[str, int], list[Kernel]]:
+    return compile_all(cubins)
+
+
+def compile_all(folder: Path) -> dict[tuple[str, int], list[Kernel]]:
     jobs = [(source, arch) for source in SOURCES for arch in ARCHS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return {
             (source.name, arch): kernels
-            for (source, arch), kernels in zip(jobs, pool.map(lambda job: compiled(*job), jobs), strict=True)
+            for (source, arch), kernels in zip(jobs, pool.map(lambda job: compiled(*job, folder), jobs), strict=True)
         }
 
 
@@ -109,6 +122,48 @@ def test_every_kernel_is_in_the_table(table):
             assert len(table[source.name, arch]) >= kernels, f"{source.name}, sm_{arch}: {table[source.name, arch]}"
 
 
+# What a loop is for, by the instructions it cannot do without, and the most it may have in all; see docs/gpu.md.
+@pytest.mark.skipif(disassembly.nvdisasm() is None, reason="no nvdisasm, neither CUDA's nor Triton's")
+@pytest.mark.parametrize(
+    ("source", "kernel", "needed", "most"),
+    [
+        # a product of the walk: a subtraction and a multiply-add for each of 68 links of three pixels
+        ("random_walk_resident.cu", "resident_walk_kernelIfLb1E", {"FFMA": 204, "FADD": 204}, 700),
+        ("random_walk_resident.cu", "resident_walk_kernelIfLb0E", {"FFMA": 204, "FADD": 204}, 690),
+        # a stencil row of nine links, eight pixels: two additions each, or a multiply-add
+        ("local_affinity.cu", "7radius5.*sums_kernelIfLb0E", {"FADD": 144}, 160),
+        ("local_affinity.cu", "7radius5.*sums_kernelIfLb1E", {"FFMA": 72}, 88),
+        # the same of four channels: a subtraction, its sign by a multiply-add, a multiply-add
+        ("local_affinity_backward.cu", "7radius5.*gather_kernelIfLb0E", {"FFMA": 288, "FADD": 144}, 500),
+    ],
+)
+def test_loops_are_arithmetic(table, cubins, source, kernel, needed, most):
+    by_kernel = disassembly.loops(disassembly.listing(cubin_of(source, 90, cubins)))
+    (found,) = (loops for name, loops in by_kernel.items() if re.search(kernel, name))
+    loop = min((each for each in found if each.counts >= collections.Counter(needed)), key=len)
+    assert len(loop) <= most, loop
+    assert not {"LDG", "LDL", "STL", "LD"} & {*loop.counts}, loop  # what is not in registers is in shared memory
+
+
+def test_a_loop_is_read_with_those_inside():
+    text = """	.section	.text.kernel,"ax",@progbits
+.text.kernel:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_1:
+        /*0010*/                   FADD R2, R2, R3 ;
+.L_x_0:
+        /*0020*/              @!P0 FFMA.FTZ R2, R2, R3, R4 ;
+        /*0030*/               @P0 BRA `(.L_x_0) ;
+        /*0040*/               @P1 BRA `(.L_x_1) ;
+        /*0050*/                   BRA `(.L_x_2) ;
+.L_x_2:
+        /*0060*/                   EXIT ;
+	.section	.nv.info,"",@"SHT_CUDA_INFO"
+"""
+    (found,) = disassembly.loops(text).values()
+    assert [dict(loop.counts) for loop in found] == [{"FFMA": 1, "BRA": 1}, {"FADD": 1, "FFMA": 1, "BRA": 2}]
+
+
 def test_a_spill_would_be_seen():
     report = """ptxas info    : Compiling entry function 'kernel' for 'sm_90'
 ptxas info    : Function properties for kernel
@@ -119,6 +174,7 @@ ptxas info    : Used 80 registers, used 1 barriers, 8 bytes cumulative stack siz
 
 if __name__ == "__main__":
     print(HEADER)
-    for kernels in compile_all().values():
-        for kernel in kernels:
-            print(kernel)
+    with tempfile.TemporaryDirectory() as scratch:
+        for kernels in compile_all(Path(scratch)).values():
+            for kernel in kernels:
+                print(kernel)
