@@ -11,8 +11,9 @@ from torch import Tensor
 import wsss_kernels as wk
 from benchmarks import baselines, sizes
 from benchmarks.bench_local_affinity import _expected_gradient, _loss_and_gradient
+from benchmarks.cases import Aim, Case, Inputs, Result, Way, on_gpu
 from benchmarks.device import Work
-from benchmarks.measure import Aim, Case, Inputs, Result, Way, on_gpu, with_pytest
+from benchmarks.measure import with_pytest
 from benchmarks.sizes import Size
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -18,7 +18,8 @@ from benchmarks.bench_cross_image_attention import (
     memory_inputs,
     whole_memory,
 )
-from benchmarks.measure import Case, Inputs, Way, on_gpu, with_pytest
+from benchmarks.cases import Case, Inputs, Way, on_gpu
+from benchmarks.measure import with_pytest
 from benchmarks.sizes import Size
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 import wsss_kernels as wk
 from benchmarks import sizes
 from benchmarks.bench_cross_image_attention import VGG, crops
+from benchmarks.cases import Case, Inputs, Way, beside_compiled, on_gpu
 from benchmarks.device import Work
-from benchmarks.measure import Case, Inputs, Way, on_gpu, with_pytest
+from benchmarks.measure import with_pytest
 from benchmarks.sizes import Size
 
 CLASSES = 21
@@ -52,7 +53,10 @@ def _work(size: Size) -> Work:
 
 
 CASES: list[Case] = [_case(VGG)]
-GPU_CASES: list[Case] = [on_gpu(_case(size), _work(size)) for size in (VGG, crops(1, 512), crops(64, 512))]
+GPU_CASES: list[Case] = [
+    *(on_gpu(_case(size), _work(size)) for size in (VGG, crops(1, 512), crops(64, 512))),
+    beside_compiled(_case(VGG), lambda i: wk.reference.class_context(i["feats"], i["confidence"], threshold=0.5)),
+]
 
 
 def test_class_context(benchmark: Any, case: Case, way: Way) -> None:

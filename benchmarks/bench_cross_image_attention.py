@@ -11,8 +11,9 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
+from benchmarks.cases import Aim, Case, Inputs, Way, on_gpu
 from benchmarks.device import Work
-from benchmarks.measure import Aim, Case, Inputs, Way, on_gpu, with_pytest
+from benchmarks.measure import with_pytest
 from benchmarks.sizes import Size
 
 CAPACITY = 64

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
+from benchmarks.cases import Aim, Case, Inputs, Result, Way
 from benchmarks.device import Work
-from benchmarks.measure import Aim, Case, Inputs, Result, Way, with_pytest
+from benchmarks.measure import with_pytest
 from benchmarks.sizes import Size
 
 HAS_PYDENSECRF = importlib.util.find_spec("pydensecrf") is not None  # pip install pydensecrf2

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks.bench_dense_crf import crf_work, pictures, probabilities
-from benchmarks.measure import Aim, Case, Inputs, Way, with_pytest
+from benchmarks.cases import Aim, Case, Inputs, Way
+from benchmarks.measure import with_pytest
 from benchmarks.sizes import Size
 
 CROP = Size("crop 160x160 batch 4", 160, 160, batch=4)  # a 320x320 training crop at half size

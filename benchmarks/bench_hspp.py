@@ -10,8 +10,9 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import sizes
+from benchmarks.cases import Aim, Case, Inputs, Result, Way, on_gpu
 from benchmarks.device import Work
-from benchmarks.measure import Aim, Case, Inputs, Result, Way, on_gpu, with_pytest
+from benchmarks.measure import with_pytest
 from benchmarks.sizes import Size
 
 TRAIN = Size("vwe 28x28 batch 16", 28, 28, batch=16, dim=2048)  # 448x448 crops at stride 16

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import wsss_kernels as wk
+from benchmarks.cases import Aim, Case, Inputs, Result, Way, on_gpu
 from benchmarks.device import Work
-from benchmarks.measure import Aim, Case, Inputs, Result, Way, on_gpu, with_pytest
+from benchmarks.measure import with_pytest
 from benchmarks.sizes import Size
 
 HAS_SKLEARN = importlib.util.find_spec("sklearn") is not None

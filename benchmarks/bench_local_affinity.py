@@ -11,8 +11,9 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import baselines, sizes
+from benchmarks.cases import Aim, Case, Inputs, Result, Way, beside_compiled, relative_error
 from benchmarks.device import Work
-from benchmarks.measure import Aim, Case, Inputs, Result, Way, relative_error, with_pytest
+from benchmarks.measure import with_pytest
 from benchmarks.sizes import Size
 
 
@@ -218,17 +219,6 @@ def _gpu_gradient(size: Size) -> Case:
     )
 
 
-def _gpu_compiled(size: Size, batch: int) -> Case:
-    case = _gpu_affinity(size, batch)
-
-    def compiled(i: Inputs) -> Callable[[], Tensor]:
-        affinity = torch.compile(wk.reference.local_affinity, dynamic=False)
-        return lambda: affinity(i["feats"])
-
-    ways = (case.ways[0], Way("torch.compile of the reference", "library", compiled))
-    return replace(case, name=f"{case.name}, compiled", groups=("compile",), ways=ways, quick=False)
-
-
 CASES: list[Case] = [
     _affinity(
         sizes.PSA,
@@ -246,7 +236,7 @@ GPU_CASES: list[Case] = [
     _gpu_gradient(sizes.CROP),
     _gpu_training(sizes.CROP),
     _call(),
-    _gpu_compiled(sizes.PSA, 16),
+    beside_compiled(_gpu_affinity(sizes.PSA, 16), lambda i: wk.reference.local_affinity(i["feats"])),
 ]
 
 

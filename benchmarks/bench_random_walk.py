@@ -11,8 +11,9 @@ from torch import Tensor
 
 import wsss_kernels as wk
 from benchmarks import baselines, sizes
+from benchmarks.cases import Aim, Case, Inputs, Way
 from benchmarks.device import Work
-from benchmarks.measure import Aim, Case, Inputs, Way, with_pytest
+from benchmarks.measure import with_pytest
 from benchmarks.sizes import Size
 from benchmarks.step_chain import step_chain
 from wsss_kernels import _dispatch

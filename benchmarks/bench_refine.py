@@ -12,7 +12,8 @@ from wsss_models.networks.resnet import ResNet
 
 import wsss_kernels as wk
 from benchmarks import baselines, sizes
-from benchmarks.measure import Aim, Case, Inputs, Result, Way, relative_error, with_pytest
+from benchmarks.cases import Aim, Case, Inputs, Result, Way, relative_error
+from benchmarks.measure import with_pytest
 from benchmarks.sizes import Size
 
 ALPHA = 16.0

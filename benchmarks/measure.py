@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import datetime
 import gc
-import importlib
 import math
 import multiprocessing
 import os
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,103 +25,14 @@ import torch
 from torch import Tensor
 
 import wsss_kernels as wk
-from benchmarks.device import Work
+from benchmarks.cases import Case, Inputs, Result, Way, all_cases
 from benchmarks.sizes import Size
 from wsss_kernels import _dispatch
 
-Inputs = dict[str, Any]
-Result = Tensor | Sequence[Tensor]
 Row = dict[str, Any]
 
 VISIT = 0.02  # seconds at least that a way runs when its turn comes; its time is the mean of the calls
-MODULES = (
-    "benchmarks.bench_random_walk",
-    "benchmarks.bench_local_affinity",
-    "benchmarks.bench_attention_walk",
-    "benchmarks.bench_mask_vote",
-    "benchmarks.bench_pixel_adaptive",
-    "benchmarks.bench_class_context",
-    "benchmarks.bench_cross_image_attention",
-    "benchmarks.bench_attention_entropy",
-    "benchmarks.bench_dense_crf",
-    "benchmarks.bench_dense_energy_loss",
-    "benchmarks.bench_boundary_affinity",
-    "benchmarks.bench_affinity_loss",
-    "benchmarks.bench_kmeans",
-    "benchmarks.bench_soft_histogram",
-    "benchmarks.bench_hspp",
-    "benchmarks.bench_refine",
-)
 RESULTS = Path(__file__).parent / "results"
-
-
-def relative_error(result: Result, expected: Result, inputs: Inputs | None = None) -> float:
-    """max |result - expected| / max |expected|, the worst of several tensors."""
-    if isinstance(result, Tensor) or isinstance(expected, Tensor):
-        result, expected = [result], [expected]  # type: ignore[list-item]
-    worst = 0.0
-    for a, b in zip(result, expected, strict=True):
-        if a.shape != b.shape:
-            raise ValueError(f"a result must have the shape {list(b.shape)}, got {list(a.shape)}")
-        error = float((a.detach().double() - b.detach().double()).abs().max() / b.detach().abs().max())
-        worst = max(worst, math.inf if math.isnan(error) else error)
-    return worst
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to the result.
-
-    kind: "ours"; "library", what a careful user writes, whose fastest is our opponent; "published"; "context", other
-    work shown for scale, compared with nothing.
-    """
-
-    name: str
-    kind: str
-    prepare: Callable[[Inputs], Callable[[], Result]]  # what is not timed, such as building a matrix that is "given"
-    tolerance: float = 1e-5  # of the error against float64; a way above it gets no number
-    compare: Callable[[Result, Result, Inputs], float] = relative_error
-    flop: float | None = None
-    work: Work | None = None  # for the limit of the GPU
-    gigabytes: float = 0.0  # free memory without which the way is left out
-    only_full: bool = False  # takes minutes
-    form: Callable[[Inputs], str] | None = None  # which of a kernel's forms runs on a GPU; "" where it has one
-
-
-@dataclass(frozen=True)
-class Aim:
-    """A figure to reach, with two threads on the developers' machine."""
-
-    way: str
-    column: str  # of the row; "workspace_mb" = peak_mb - output_mb
-    least: float = -math.inf
-    most: float = math.inf
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    op: str
-    groups: tuple[str, ...]  # the first is where the table lists it
-    size: Size
-    channels: int
-    inputs: Callable[[Size], Inputs]
-    expected: Callable[[Inputs], Result]  # in float64
-    ways: tuple[Way, ...]
-    aims: tuple[Aim, ...] = ()
-    quick: bool = False
-    only_full: bool = False
-    timed: bool = True
-    unit: str = "ms"  # of the table
-    by_image: bool = True  # no result is a sum over the batch: some of its images may repeat others
-
-
-def on_gpu(case: Case, work: Work, *, without: Sequence[str] = ()) -> Case:
-    """The same on a GPU, with the limit of ours: without the aims of a CPU, and without the ways named."""
-    ways = tuple(replace(way, work=work) if way.kind == "ours" else way for way in case.ways if way.name not in without)
-    return replace(case, groups=case.groups[:1], ways=ways, aims=(), quick=False)
-
-
 COLUMNS = (
     "date", "commit", "dirty", "machine", "cores", "isa", "threads", "python", "torch", "numpy", "scipy",
     "wsss_kernels", "op", "group", "case", "size", "batch", "channels", "dim", "height", "width", "way", "kind",
@@ -130,11 +40,6 @@ COLUMNS = (
     "peak_mb", "output_mb", "device", "driver", "cuda", "triton", "peak_tflops", "copy_tbs", "product_tflops", "kernel",
     "timing", "eager_ms", "images_per_s", "launches", "limit_ms", "limit_reached",
 )  # fmt: skip
-
-
-def all_cases(device: str = "cpu") -> list[Case]:
-    name = "CASES" if device == "cpu" else "GPU_CASES"
-    return [case for module in MODULES for case in getattr(importlib.import_module(module), name)]
 
 
 # Where --------------------------------------------------------------------------------------------------------------

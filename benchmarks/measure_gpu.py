@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.cases import Case, Inputs, Result, Way
 from benchmarks.device import Gpu, bytes_of, clone, moved, repeated
-from benchmarks.measure import VISIT, Case, Inputs, Result, Row, Way, compare_ways, interleave, new_row, note_times
+from benchmarks.measure import VISIT, Row, compare_ways, interleave, new_row, note_times
 from wsss_kernels.info import info
 
 DISTINCT = 8  # images of a batch; the others repeat them, and all are checked

@@ -19,19 +19,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure_gpu
+from benchmarks.cases import Aim, Case, all_cases
 from benchmarks.device import Gpu
-from benchmarks.measure import (
-    COLUMNS,
-    RESULTS,
-    Aim,
-    Case,
-    Row,
-    aim_value,
-    all_cases,
-    environment,
-    machine_slug,
-    run_case,
-)
+from benchmarks.measure import COLUMNS, RESULTS, Row, aim_value, environment, machine_slug, run_case
 
 # compile: on a GPU
 GROUPS = (

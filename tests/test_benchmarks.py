@@ -17,10 +17,10 @@ import wsss_kernels as wk
 pytest.importorskip("scipy", reason="the benchmarks' opponents need scipy")
 pytest.importorskip("benchmarks", reason="not part of the package: python -m pytest from the checkout")
 
-from benchmarks import baselines, measure, plot, run, sizes
+from benchmarks import baselines, cases, measure, plot, run, sizes
 
 TINY = sizes.Size("tiny 9x11", 9, 11, dim=6)
-CASES = {case.name: case for case in measure.all_cases()}
+CASES = {case.name: case for case in cases.all_cases()}
 PLACE = measure.environment()
 
 
@@ -29,7 +29,7 @@ def tiny(case):
 
 
 def test_names_are_unique():
-    assert len(CASES) == len(measure.all_cases())
+    assert len(CASES) == len(cases.all_cases())
     for case in CASES.values():
         ways = [way.name for way in case.ways]
         assert len(set(ways)) == len(ways)
@@ -118,9 +118,9 @@ def test_a_wrong_way_gets_no_number():
 
 def test_nan_and_shapes_are_errors():
     good = torch.ones(3)
-    assert measure.relative_error(torch.tensor([1.0, math.nan, 1.0]), good) == math.inf
+    assert cases.relative_error(torch.tensor([1.0, math.nan, 1.0]), good) == math.inf
     with pytest.raises(ValueError, match="shape"):
-        measure.relative_error(torch.ones(2), good)
+        cases.relative_error(torch.ones(2), good)
 
 
 def test_a_lost_comparison_is_said():

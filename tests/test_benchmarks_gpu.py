@@ -1,5 +1,6 @@
 """How the GPU is measured, with the CPU standing in for one."""
 
+import functools
 import json
 import math
 import re
@@ -14,11 +15,11 @@ from torch.testing import assert_close
 pytest.importorskip("scipy", reason="the benchmarks' opponents need scipy")
 pytest.importorskip("benchmarks", reason="not part of the package: python -m pytest from the checkout")
 
-from benchmarks import baselines, bench_random_walk, measure, measure_gpu, plot, run, sizes
+from benchmarks import baselines, bench_random_walk, cases, measure, measure_gpu, plot, run, sizes
 from benchmarks.device import Gpu, Work, moved, repeated
 from wsss_kernels.info import info
 
-CASES = {case.name: case for case in measure.all_cases("cuda")}
+CASES = {case.name: case for case in cases.all_cases("cuda")}
 TINY = sizes.Size("tiny 7x9", 7, 9, dim=6)
 SHORT = "affinity psa 47x63 batch 16"
 
@@ -80,7 +81,7 @@ def rows_of(case, gpu=None, **options):
 
 
 def test_names_are_unique_and_every_group_is_known():
-    assert len(CASES) == len(measure.all_cases("cuda"))
+    assert len(CASES) == len(cases.all_cases("cuda"))
     for case in CASES.values():
         assert set(case.groups) <= set(run.GROUPS)
         assert case.ways[0].kind == "ours" and len({way.name for way in case.ways}) == len(case.ways)
@@ -127,6 +128,16 @@ def test_every_way_is_right_on_a_tiny_map(name):
     inputs, expected = measure_gpu.data_of(case, StandIn())
     for way in (way for way in case.ways if "compile" not in way.name):  # half a minute
         assert way.compare(way.prepare(inputs)(), expected, inputs) <= way.tolerance, way.name
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "compile" in case.groups])
+def test_compiled_ways_are_right(name, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # code takes minutes
+    case = tiny(name)
+    inputs, expected = measure_gpu.data_of(case, StandIn())
+    (way,) = (way for way in case.ways if way.name.startswith("torch.compile"))
+    assert way.compare(way.prepare(inputs)(), expected, inputs) <= way.tolerance
 
 
 @pytest.mark.parametrize(
