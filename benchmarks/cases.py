@@ -104,7 +104,7 @@ def on_gpu(case: Case, work: Work, *, without: Sequence[str] = ()) -> Case:
     return replace(case, groups=case.groups[:1], ways=ways, aims=(), quick=False)
 
 
-def beside_compiled(case: Case, op: Callable[[Inputs], Result], *, tolerance: float | None = None) -> Case:
+def beside_compiled(case: Case, op: Callable[[Inputs], Result]) -> Case:
     """On a GPU, in the group of what takes long to prepare: ours, and an op's reference compiled by torch."""
     ours = case.ways[0]
 
@@ -112,7 +112,7 @@ def beside_compiled(case: Case, op: Callable[[Inputs], Result], *, tolerance: fl
         compiled = torch.compile(op, dynamic=False)
         return lambda: compiled(inputs)
 
-    way = Way("torch.compile of the reference", "library", prepare, tolerance=tolerance or ours.tolerance)
+    way = Way("torch.compile of the reference", "library", prepare, ours.tolerance)
     return replace(case, name=f"{case.name}, compiled", groups=("compile",), ways=(ours, way), quick=False)
 
 
